@@ -1,0 +1,140 @@
+"""Every collective of fledge in one file, each a no-op on one process. Rows are the first axis of every tensor.
+
+Accelerate starts the process group and chooses the device; a run without a launcher needs none of it. The engine that
+was asked for is checked against the one that runs: ``accelerate launch --cpu --num_processes 2`` would otherwise train
+on one process without a word.
+"""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from fledge.errors import InputError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_accelerator: "Accelerator | None" = None
+
+
+def setup(device: str = "auto") -> torch.device:
+    """Start the process group (if launched with one) on ``auto|cuda|mps|cpu`` and return this rank's device.
+
+    Raises:
+        InputError: the device does not exist here, or another one is in use by this process already.
+    """
+    global _accelerator
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    wanted = next(name for name in ("cuda", "mps", "cpu") if available[name]) if device == "auto" else device
+    if not available.get(wanted, False):
+        found = ", ".join(name for name, there in available.items() if there)
+        raise InputError(f"train.device: {device} is not available here; found {found}. Use device: auto or one of these")
+    if _accelerator is None:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+
+        # Buffers are functions of globally reduced means, hence equal on every rank: nothing to broadcast.
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+        _accelerator = Accelerator(cpu=wanted == "cpu", mixed_precision="no", kwargs_handlers=[ddp])
+        asked = int(os.environ.get("WORLD_SIZE", 1))
+        if _accelerator.num_processes != asked:
+            raise InputError(
+                f"launched for {asked} processes, but {_accelerator.num_processes} joined; "
+                "on a machine without GPUs use torchrun, or accelerate launch --multi_gpu"
+            )
+    if _accelerator.device.type != wanted:
+        raise InputError(f"train.device: {device}, but this process already runs on {_accelerator.device.type}")
+    return _accelerator.device
+
+
+def device() -> torch.device:
+    """This rank's device (``setup`` chooses it)."""
+    return _accelerator.device if _accelerator is not None else torch.device("cpu")
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's ``value`` (picklable; it never leaves the job) on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_reduce_sum(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Sum each tensor over the ranks, in one message. The names must be the same on every rank."""
+    if world_size() == 1 or not tensors:
+        return tensors
+    names = sorted(tensors)
+    dtype = torch.float64 if any(tensors[n].dtype == torch.float64 for n in names) else torch.float32
+    flat = torch.cat([tensors[n].reshape(-1).to(dtype) for n in names])
+    dist.all_reduce(flat)
+    parts = flat.split([tensors[n].numel() for n in names])
+    return {n: part.view(tensors[n].shape).to(tensors[n].dtype) for n, part in zip(names, parts, strict=True)}
+
+
+def all_reduce_counts(counts: dict[str, int]) -> dict[str, int]:
+    """Sum integers over the ranks, exactly (int64)."""
+    if world_size() == 1:
+        return counts
+    names = sorted(counts)
+    flat = torch.tensor([counts[n] for n in names], dtype=torch.int64, device=device())
+    dist.all_reduce(flat)
+    return dict(zip(names, flat.tolist(), strict=True))
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's ``value`` (picklable), in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+class _GatherRows(torch.autograd.Function):
+    """All-gather whose backward sums over ranks and keeps this rank's rows: with DDP's mean, the exact gradient."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(rows) for _ in range(world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, *grads: torch.Tensor) -> torch.Tensor:
+        grad = grads[0].contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(world_size())[rank()]
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """(n, …) on every rank -> (world·n, …) in rank order, with gradient. n must be the same on every rank."""
+    return rows if world_size() == 1 else _GatherRows.apply(rows)  # type: ignore[return-value]
+
+
+def wrap(module: torch.nn.Module) -> torch.nn.Module:
+    """Place ``module`` on this rank's device and, on several ranks, under DDP."""
+    if _accelerator is None:
+        return module
+    wrapped = _accelerator.prepare_model(module.to(_accelerator.device))
+    _accelerator.free_memory()  # the accelerator would keep every stage's model alive
+    return wrapped
