@@ -170,14 +170,14 @@ def fit(
                 except RunError as error:
                     raise RunError(explain(error, step, run)) from None
                 stream.observe(step, means)
-                values = scalars(means) | {"grad_norm": norm.item(), "lr": optim.lr(step)}
+                values = scalars(means, objective.weights) | {"grad_norm": norm.item(), "lr": optim.lr(step)}
                 seconds = time.perf_counter() - began
                 if step % config.log_every == 0 or step == steps - 1:
                     timing = {"time/step": seconds, "time/data": waited, "time/rows_per_second": stream.batch / seconds}
                     run.log(step, {f"train/{name}": value for name, value in values.items()} | timing)
-                progress.update(values, rows=stream.batch)
+                progress.update(1, loss=values["loss"], items=stream.batch)
             else:
-                progress.update({}, rows=0)
+                progress.update(1)
             if evaluate and config.eval_every and (step + 1) % config.eval_every == 0:
                 run.log(step, {f"eval/{name}": value for name, value in evaluate(step).items()})
             if (step + 1) % config.save_every == 0 or step + 1 == steps:
@@ -192,9 +192,10 @@ def explain(error: RunError, step: int, run: "Run") -> str:
     )
 
 
-def scalars(means: Means) -> dict[str, float]:
-    """What is logged: the means that are one number; the loss is their weighted sum."""
-    return {name: value.item() for name, value in means.items() if value.numel() == 1}
+def scalars(means: Means, weights: dict[str, float]) -> dict[str, float]:
+    """What is logged: the means that are one number, and ``loss``, the weighted sum of the loss terms."""
+    values = {name: value.item() for name, value in means.items() if value.numel() == 1}
+    return {"loss": sum(weight * values[name] for name, weight in weights.items())} | values
 
 
 # ---------------------------------------------------------------------------------------------------------- resume

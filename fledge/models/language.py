@@ -1,0 +1,186 @@
+"""Language models through transformers, built from typed configs; documents in one row are isolated explicitly.
+
+B rows, T positions, V vocabulary. ``document`` (B, T) numbers the documents of a row from 1, 0 is padding; ``position``
+(B, T) restarts in each document.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveInt, model_validator
+from torch import Tensor, nn
+
+from fledge.artifact import Artifact
+from fledge.config import Config
+
+
+class CausalConfig(Config):
+    """A decoder. The defaults are GPT-2 124M as nanoGPT trains it."""
+
+    arch: Literal["gpt2", "llama"] = "gpt2"
+    """gpt2: learned positions, LayerNorm, GELU; llama: rotary positions, RMSNorm, SwiGLU."""
+    embed_dim: PositiveInt = 768
+    depth: PositiveInt = 12
+    num_heads: PositiveInt = 12
+    mlp_dim: PositiveInt | None = None
+    """None: 4 · embed_dim for gpt2, 8/3 · embed_dim rounded up to a multiple of 16 for llama."""
+    context_length: PositiveInt = 1024
+    dropout: float = 0.0
+    vocab_multiple: PositiveInt = 64
+    """The embedding is padded to this multiple; padded entries are never targets."""
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> "CausalConfig":
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+        return self
+
+
+class EncoderConfig(Config):
+    """A BERT encoder. The defaults are BERT-base (Devlin et al. 2019)."""
+
+    embed_dim: PositiveInt = 768
+    depth: PositiveInt = 12
+    num_heads: PositiveInt = 12
+    mlp_dim: PositiveInt | None = None
+    """None: 4 · embed_dim."""
+    context_length: PositiveInt = 512
+    dropout: float = 0.1
+    vocab_multiple: PositiveInt = 8
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> "EncoderConfig":
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+        return self
+
+
+def padded_vocab(tokenizer: Any, multiple: int) -> int:
+    return -(-len(tokenizer) // multiple) * multiple
+
+
+def special_ids(tokenizer: Any) -> dict[str, int | None]:
+    return {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+
+
+def build_causal(config: CausalConfig, tokenizer: Any) -> nn.Module:
+    """A causal LM with tied embeddings, N(0, .02), residual projections N(0, .02 / sqrt(2 · depth)) (GPT-2, nanoGPT)."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    vocab = padded_vocab(tokenizer, config.vocab_multiple)
+    if config.arch == "gpt2":
+        model: nn.Module = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=vocab,
+                n_positions=config.context_length,
+                n_embd=config.embed_dim,
+                n_layer=config.depth,
+                n_head=config.num_heads,
+                n_inner=config.mlp_dim,
+                resid_pdrop=config.dropout,
+                embd_pdrop=config.dropout,
+                attn_pdrop=config.dropout,
+                **special_ids(tokenizer),
+            )
+        )
+        residual = ("attn.c_proj.weight", "mlp.c_proj.weight")
+    else:
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=vocab,
+                max_position_embeddings=config.context_length,
+                hidden_size=config.embed_dim,
+                num_hidden_layers=config.depth,
+                num_attention_heads=config.num_heads,
+                intermediate_size=config.mlp_dim or -(-config.embed_dim * 8 // 48) * 16,
+                attention_dropout=config.dropout,
+                tie_word_embeddings=True,
+                **special_ids(tokenizer),
+            )
+        )
+        residual = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+    for name, parameter in model.named_parameters():
+        if name.endswith(residual):
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.depth))
+    return model
+
+
+def build_encoder(config: EncoderConfig, tokenizer: Any) -> nn.Module:
+    """A BERT masked LM (embeddings tied to the decoder behind dense + GELU + LayerNorm), truncated to 2 sigma of .02."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    model = BertForMaskedLM(
+        BertConfig(
+            vocab_size=padded_vocab(tokenizer, config.vocab_multiple),
+            max_position_embeddings=config.context_length,
+            hidden_size=config.embed_dim,
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.num_heads,
+            intermediate_size=config.mlp_dim or 4 * config.embed_dim,
+            hidden_dropout_prob=config.dropout,
+            attention_probs_dropout_prob=config.dropout,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.cls_token_id,
+            eos_token_id=tokenizer.sep_token_id,
+        )
+    )
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear | nn.Embedding):
+            nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.04, b=0.04)
+    return model
+
+
+def document_mask(document: Tensor, *, causal: bool) -> Tensor:
+    """(B, T) document numbers -> (B, 1, T, T) bool, True = may attend: the same document, and no later position.
+
+    Padding is a document of its own, so no row of the mask is empty.
+    """
+    allowed = document[:, :, None] == document[:, None, :]
+    if causal:
+        allowed = allowed.tril()
+    return allowed[:, None]
+
+
+def decay_exempt(name: str, parameter: Tensor) -> bool:
+    """Gains and biases are not decayed; embeddings are, as in GPT-2's and BERT's published recipes."""
+    return parameter.ndim <= 1 or name.endswith(".bias")
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write transformers' own form: config.json, model.safetensors, tokenizer files."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def read_tokenizer(artifact: Artifact) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(artifact.path, local_files_only=True)
+
+
+def read(artifact: Artifact, auto: str = "AutoModelForCausalLM", **options) -> Any:
+    """The model of a language artifact, in fp32, strictly: a tensor left over or missing is an error.
+
+    Args:
+        auto: transformers' Auto class.
+        options: passed to from_pretrained; ``expect_missing`` names prefixes that are allowed to be new.
+    """
+    import transformers
+
+    from fledge.errors import InputError
+
+    expected = tuple(options.pop("expect_missing", ()))
+    unexpected = tuple(options.pop("expect_unexpected", ()))
+    model, report = getattr(transformers, auto).from_pretrained(
+        artifact.path, local_files_only=True, output_loading_info=True, dtype=torch.float32, **options
+    )
+    missing = [n for n in report["missing_keys"] if not n.startswith(expected)] if expected else report["missing_keys"]
+    left = [n for n in report["unexpected_keys"] if not n.startswith(unexpected)] if unexpected else report["unexpected_keys"]
+    if missing or left or report["mismatched_keys"]:
+        raise InputError(
+            f"{artifact.path} does not fit {auto}: missing {sorted(missing)}, left over {sorted(left)}, "
+            f"other shapes {sorted(map(str, report['mismatched_keys']))}"
+        )
+    return model

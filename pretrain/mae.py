@@ -1,0 +1,208 @@
+"""Masked autoencoders (He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners").
+
+    python -m pretrain.mae configs/pretrain/mae_vitb16_imagenet.yaml
+
+B images, L patches of P x P pixels, D width of the encoder. In ``mask`` 1 is removed and 0 is kept.
+"""
+
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fledge import artifact, cli, distributed
+from fledge.artifact import Artifact
+from fledge.config import Config as BaseConfig
+from fledge.config import StageConfig, parent, resolve
+from fledge.data.augment import AugmentConfig, mae_augment
+from fledge.data.images import ImagesConfig, augmented, open_images
+from fledge.models import vit
+from fledge.models.vit import ViTConfig
+from fledge.optim import OptimConfig, adamw, decay_groups
+from fledge.stream import Batch, DataStream, derive
+from fledge.track import Run, TrackConfig
+from fledge.train import TrainConfig, fit
+
+WRITES = "vision-encoder"
+
+
+class Parents(BaseConfig):
+    init: str | None = parent("vision-encoder", required=False)
+    """Encoder to start from; its decoder is new."""
+
+
+class Decoder(BaseConfig):
+    """The light decoder (section 3): the same for every encoder size."""
+
+    embed_dim: int = 512
+    depth: int = 8
+    num_heads: int = 16
+
+
+class Optim(OptimConfig):
+    """Table 8 of the paper: blr 1.5e-4 per 256 images, 40 epochs of warm-up from 0, cosine to 0 per iteration."""
+
+    lr: float = 1.5e-4
+    lr_batch: int | None = 256
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.05
+    warmup: int | str = "40 epochs"
+
+
+class Train(TrainConfig):
+    batch: int = 4096
+    steps: int | str = "800 epochs"
+
+
+class Config(StageConfig):
+    """MAE pretraining; the defaults are the published ViT-B/16 recipe."""
+
+    stage: Literal["pretrain.mae"] = "pretrain.mae"
+    parents: Parents = Parents()
+    data: ImagesConfig
+    augment: AugmentConfig = mae_augment()
+    model: ViTConfig = ViTConfig()
+    decoder: Decoder = Decoder()
+    mask_ratio: float = 0.75
+    norm_pix_loss: bool = True
+    """Targets are normalised by their patch's mean and standard deviation."""
+    optim: Optim = Optim()
+    train: Train = Train()
+    track: TrackConfig = TrackConfig()
+
+
+# ------------------------------------------------------------------------------------------------------------ maths
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """(B, C, H, W) -> (B, L, P·P·C): patches row-major, the channel last inside a patch."""
+    B, C, H, W = images.shape
+    h, w, P = H // patch_size, W // patch_size, patch_size
+    return images.reshape(B, C, h, P, w, P).permute(0, 2, 4, 3, 5, 1).reshape(B, h * w, P * P * C)
+
+
+def unpatchify(patches: Tensor, patch_size: int, channels: int, grid: int) -> Tensor:
+    """(B, L, P·P·C) -> (B, C, H, W), the inverse of ``patchify`` for a square grid."""
+    B, P = len(patches), patch_size
+    patches = patches.reshape(B, grid, grid, P, P, channels).permute(0, 5, 1, 3, 2, 4)
+    return patches.reshape(B, channels, grid * P, grid * P)
+
+
+def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Keep the patches with the smallest noise.
+
+    Args:
+        noise: (B, L).
+
+    Returns:
+        ids_keep (B, len_keep), mask (B, L) with 1 = removed, ids_restore (B, L) which undoes the shuffle.
+    """
+    L = noise.shape[1]
+    len_keep = int(L * (1 - mask_ratio))
+    ids_shuffle = noise.argsort(dim=1)
+    ids_restore = ids_shuffle.argsort(dim=1)
+    mask = (ids_restore >= len_keep).to(noise.dtype)
+    return ids_shuffle[:, :len_keep], mask, ids_restore
+
+
+def take(tokens: Tensor, ids: Tensor) -> Tensor:
+    """Gather rows of (B, N, D) by ids (B, n) -> (B, n, D)."""
+    return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[-1]))
+
+
+def targets(patches: Tensor, norm_pix_loss: bool) -> Tensor:
+    """Pixels of each patch, normalised by its mean and (unbiased) variance if ``norm_pix_loss``. (B, L, P·P·C)."""
+    if not norm_pix_loss:
+        return patches
+    mean, var = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
+    return (patches - mean) / (var + 1e-6).sqrt()
+
+
+# -------------------------------------------------------------------------------------------------------- objective
+
+
+class MAE(nn.Module):
+    """Encode the visible patches, decode all of them, regress the removed ones."""
+
+    weights = {"loss": 1.0}
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        from timm.models.vision_transformer import Block
+
+        self.config = config
+        model, decoder = config.model, config.decoder
+        grid = model.img_size // model.patch_size
+        self.encoder = vit.build(model)
+        self.decoder_embed = nn.Linear(model.embed_dim, decoder.embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder.embed_dim))
+        self.decoder_pos_embed = nn.Parameter(vit.sincos_pos_embed(decoder.embed_dim, grid), requires_grad=False)
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.decoder_blocks = nn.Sequential(
+            *(Block(decoder.embed_dim, decoder.num_heads, 4.0, qkv_bias=True, norm_layer=norm) for _ in range(decoder.depth))
+        )
+        self.decoder_norm = norm(decoder.embed_dim)
+        self.decoder_pred = nn.Linear(decoder.embed_dim, model.patch_size**2 * model.in_chans)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Xavier for all Linears and the patch projection seen as one; its bias keeps the convolution's default."""
+        vit.xavier_init(self)
+        projection = self.encoder.patch_embed.proj.weight
+        nn.init.xavier_uniform_(projection.view(len(projection), -1))
+        grid = self.config.model.img_size // self.config.model.patch_size
+        self.encoder.pos_embed.requires_grad_(False).copy_(vit.sincos_pos_embed(self.config.model.embed_dim, grid))
+        nn.init.normal_(self.encoder.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Removed patches."""
+        B, L = batch["noise"].shape
+        return {"loss": B * (L - int(L * (1 - self.config.mask_ratio)))}
+
+    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        latent, mask, ids_restore = self.forward_encoder(batch["image"], batch["noise"])
+        pred = self.forward_decoder(latent, ids_restore)
+        return {"loss": self.forward_loss(batch["image"], pred, mask)}
+
+    def forward_encoder(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, C, H, W), (B, L) -> latent (B, 1 + len_keep, D), mask (B, L), ids_restore (B, L)."""
+        encoder = self.encoder
+        ids_keep, mask, ids_restore = random_masking(noise, self.config.mask_ratio)
+        tokens = encoder.patch_embed(images) + encoder.pos_embed[:, 1:]  # (B, L, D)
+        tokens = take(tokens, ids_keep)
+        cls_token = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+        tokens = torch.cat([cls_token.to(tokens.dtype), tokens], dim=1)
+        return encoder.norm(encoder.blocks(tokens)), mask, ids_restore
+
+    def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """Latent (B, 1 + len_keep, D) -> predicted patches (B, L, P·P·C); cls is decoded too and dropped."""
+        tokens = self.decoder_embed(latent)  # (B, 1 + len_keep, D')
+        B, L = ids_restore.shape
+        missing = self.mask_token.to(tokens.dtype).expand(B, L + 1 - tokens.shape[1], -1)
+        patches = take(torch.cat([tokens[:, 1:], missing], dim=1), ids_restore)  # (B, L, D')
+        tokens = torch.cat([tokens[:, :1], patches], dim=1) + self.decoder_pos_embed
+        return self.decoder_pred(self.decoder_norm(self.decoder_blocks(tokens)))[:, 1:]
+
+    def forward_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """The mean squared error of each patch, summed over the removed ones; in fp32 under autocast."""
+        target = targets(patchify(images, self.config.model.patch_size), self.config.norm_pix_loss)
+        pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
+        return ((pred - target).square().mean(dim=-1) * mask).sum()
+
+
+# ------------------------------------------------------------------------------------------------------------- stage
+
+
+class MaskedImages:
+    """Rows of augmented images with the noise that decides their masks: a function of each sample's seed."""
+
+    def __init__(self, rows, num_patches: int) -> None:
+        self.rows, self.num_patches = rows, num_patches
+
+    def __call__(self, ids: list[int], seeds: list[int]) -> Batch:
+        noise = [
+            torch.rand(self.num_patches, generator=torch.Generator().manual_seed(derive("mask", seed))) for seed in seeds
+        ]
+        return self.rows(ids, seeds) | {"noise": torch.stack(noise)}
