@@ -1,0 +1,16 @@
+"""The slow copy: an exponential moving average of parameters. Its momentum is a `schedule.cosine` of the step."""
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def update(target: nn.Module, source: nn.Module, momentum: float) -> None:
+    """target = momentum * target + (1 - momentum) * source, in place. Parameters only: buffers have their own rules."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - momentum)
+
+
+def copy(target: nn.Module, source: nn.Module) -> nn.Module:
+    """Gives target the source's state by value (never its storage), and takes it out of training."""
+    target.load_state_dict(source.state_dict())
+    return target.requires_grad_(False)
