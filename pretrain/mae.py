@@ -11,18 +11,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fledge import artifact, cli, distributed
-from fledge.artifact import Artifact
 from fledge.config import Config as BaseConfig
-from fledge.config import StageConfig, parent, resolve
-from fledge.data.augment import AugmentConfig, mae_augment
-from fledge.data.images import ImagesConfig, augmented, open_images
+from fledge.config import StageConfig, parent
+from fledge.data.augment import AugmentConfig
+from fledge.data.images import ImagesConfig
 from fledge.models import vit
 from fledge.models.vit import ViTConfig
-from fledge.optim import OptimConfig, adamw, decay_groups
-from fledge.stream import Batch, DataStream, derive
-from fledge.track import Run, TrackConfig
-from fledge.train import TrainConfig, fit
+from fledge.optim import OptimConfig
+from fledge.stream import Batch, derive
+from fledge.track import TrackConfig
+from fledge.train import TrainConfig
 
 WRITES = "vision-encoder"
 
@@ -61,7 +59,7 @@ class Config(StageConfig):
     stage: Literal["pretrain.mae"] = "pretrain.mae"
     parents: Parents = Parents()
     data: ImagesConfig
-    augment: AugmentConfig = mae_augment()
+    augment: AugmentConfig = AugmentConfig()
     model: ViTConfig = ViTConfig()
     decoder: Decoder = Decoder()
     mask_ratio: float = 0.75
@@ -152,7 +150,7 @@ class MAE(nn.Module):
         projection = self.encoder.patch_embed.proj.weight
         nn.init.xavier_uniform_(projection.view(len(projection), -1))
         grid = self.config.model.img_size // self.config.model.patch_size
-        self.encoder.pos_embed.requires_grad_(False).copy_(vit.sincos_pos_embed(self.config.model.embed_dim, grid))
+        self.encoder.pos_embed = nn.Parameter(vit.sincos_pos_embed(self.config.model.embed_dim, grid), requires_grad=False)
         nn.init.normal_(self.encoder.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
 

@@ -1,0 +1,82 @@
+"""The gradient of a step does not depend on how its batch was cut over ranks and micro-batches."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fledge import distributed
+from fledge.stream import rows_of, share
+from fledge.train import backward
+from tests.launch import run
+from tests.objectives import BATCH, BUILDERS, build
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+WHOLE_ROWS_ONLY: set[str] = set()
+"""Objectives whose loss couples the rows of a batch: ranks are exact, micro-batches are refused."""
+
+
+def gradients(name: str, dtype: torch.dtype, micro_batches: int) -> dict[str, torch.Tensor]:
+    """This rank's accumulated gradients, and the global means as ``mean/<name>``."""
+    objective, batch = build(name, dtype)
+    world = distributed.world_size()
+    mine, pieces = share(BATCH, distributed.rank(), world, -(-BATCH // (world * micro_batches)))
+    model = distributed.wrap(objective)
+    means = backward(model, [rows_of(rows_of(batch, mine), piece) for piece in pieces], step=3)
+    found = {n: p.grad for n, p in objective.named_parameters() if p.requires_grad}
+    assert all(grad is not None for grad in found.values()), [n for n, g in found.items() if g is None]
+    return found | {f"mean/{n}": m.reshape(-1) for n, m in means.items()}
+
+
+def assert_same(found: dict, truth: dict, tolerance: float) -> None:
+    grads = torch.cat([g.flatten() for n, g in truth.items() if not n.startswith("mean/")])
+    floor = 1e-6 * grads.norm()
+    for name, true in truth.items():
+        error = (found[name] - true).norm()
+        assert error <= tolerance * max(true.norm(), floor), f"{name}: {error} of {true.norm()}"
+
+
+def cases():
+    for name in BUILDERS:
+        for dtype in TOLERANCE:
+            for micro_batches in (1,) if name in WHOLE_ROWS_ONLY else (1, 2, 4):
+                yield name, dtype, micro_batches
+
+
+@pytest.mark.parametrize("name, dtype, micro_batches", [c for c in cases() if c[2] > 1])
+def test_micro_batches(name, dtype, micro_batches):
+    assert_same(gradients(name, dtype, micro_batches), gradients(name, dtype, 1), TOLERANCE[dtype])
+
+
+def test_two_ranks(tmp_path):
+    run(2, [__file__, str(tmp_path)])
+    for name, dtype, micro_batches in cases():
+        found = load_file(tmp_path / f"{name}-{dtype}-{micro_batches}.safetensors")
+        assert_same(found, gradients(name, dtype, 1), TOLERANCE[dtype])
+
+
+def test_rows_are_shared_evenly():
+    """Brute force: every row once, equally many micro-batches a rank, sizes within one, none above the limit."""
+    for n in range(1, 40):
+        for world in (1, 2, 3, 4):
+            for limit in (1, 2, 3, 5, 64):
+                try:
+                    shares = [share(n, rank, world, limit) for rank in range(world)]
+                except ValueError:
+                    continue
+                rows = [i for mine, _ in shares for i in range(n)[mine]]
+                sizes = [p.stop - p.start for _, pieces in shares for p in pieces]
+                assert rows == list(range(n)) and sum(sizes) == n
+                assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1 and max(sizes) <= limit
+                assert len({len(pieces) for _, pieces in shares}) == 1
+
+
+if __name__ == "__main__":
+    distributed.setup("cpu")
+    for case in cases():
+        result = gradients(*case)
+        if distributed.is_main():
+            save_file(result, f"{sys.argv[1]}/{case[0]}-{case[1]}-{case[2]}.safetensors")
+    print(json.dumps({"world": distributed.world_size()}))
