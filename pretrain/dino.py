@@ -8,7 +8,6 @@ sharpening (a low temperature) against the uniform distribution.
 Axes: B images, S crops (T of them global, first), C H W pixels, N patches, D width, K prototypes.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -34,7 +33,7 @@ def teacher_probs(logits: Tensor, center: Tensor, temp: float | Tensor) -> Tenso
 
 
 def cross_view_entropy(probs: Tensor, log_probs: Tensor) -> Tensor:
-    """Eq. 3: the cross-entropy of each row, averaged over the pairs (teacher view t, student view s) of different crops.
+    """Eq. 3: the cross-entropy of each row, averaged over the pairs (teacher view t, student view s != t).
 
     probs (B, T, K), log_probs (B, S, K), the same T global crops first in both -> (B,). With 2 global and 8 local crops
     the mean is over 2 * (2 + 8) - 2 = 18 pairs.
@@ -91,7 +90,7 @@ class DINOHead(nn.Module):
         for layer in self.mlp[::2]:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-        # The last layer keeps nn.Linear's own initialisation, as the authors' does: only the direction of a row matters.
+        # The last layer keeps nn.Linear's own initialisation, as the authors' does.
         last_layer = nn.Linear(bottleneck_dim, out_dim, bias=False)
         self.last_layer = nn.utils.parametrizations.weight_norm(last_layer, dim=0)
         gain = self.last_layer.parametrizations.weight.original0  # (K, 1), the norm of each row
@@ -134,7 +133,7 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 class DINO(nn.Module):
-    """Student, teacher and center. `build()` makes one network; it is called twice, never deep-copied.
+    """Student, teacher and center. The teacher is a second network that takes the student's state by value.
 
     teacher_temp and momentum are functions of the step.
     """
@@ -186,7 +185,7 @@ class DINO(nn.Module):
 
     @torch.no_grad()
     def after_step(self, step: int, means: dict[str, Tensor]) -> None:
-        """The center follows the teacher's mean output (eq. 4), so step t uses the center of t - 1; then eq. for theta_t."""
+        """The center follows the teacher's mean output (eq. 4): step t uses that of t - 1. The teacher follows its student."""
         self.center.lerp_(means["teacher_mean"].to(self.center), 1 - self.center_momentum)
         ema.update(self.teacher, self.student, self.momentum(step))
 
@@ -194,7 +193,7 @@ class DINO(nn.Module):
 def param_groups(student: nn.Module, freeze_last_layer: int) -> list[dict]:
     """Decayed and spared parameters, each apart for the last layer, which starts only at step `freeze_last_layer`.
 
-    As in the authors' code, everything with two axes or more is decayed: class token, positions and the gains (K, 1) too.
+    As in the authors' code, whatever has two axes or more is decayed: class token, positions, and the gains (K, 1).
     """
     rest = nn.ModuleList([student.backbone, student.head.mlp])
     return decay_groups(rest) + decay_groups(student.head.last_layer, start_step=freeze_last_layer)

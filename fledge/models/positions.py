@@ -18,8 +18,8 @@ Mode = Literal["reference", "timm"]
 def resize_matrix(old: tuple[int, int], new: tuple[int, int], mode: Mode, dtype: torch.dtype, device: str) -> Tensor:
     """The linear map from a grid of old = (H, W) patches to one of new = (h, w): (h*w, H*W), rows of both row-major.
 
-    "reference": as DINO trains, scale_factor = (n + .1) / N without antialiasing. The .1 (there against rounding errors) moves
-    the sampling points, so a plain size gives features about 1 % off. "timm": by size, antialiased, as timm resizes.
+    "reference": as DINO trains, scale_factor = (n + .1) / N without antialiasing. The .1 (there against rounding errors)
+    moves the sampling points, so a plain size gives features about 1 % off. "timm": by size, antialiased, as in timm.
     """
     (H, W), (h, w) = old, new
     # May be called first under inference_mode; the cached matrix must still serve training.
@@ -36,7 +36,10 @@ def resize_matrix(old: tuple[int, int], new: tuple[int, int], mode: Mode, dtype:
 def interpolate_pos_embed(
     pos_embed: Tensor, h: int, w: int, mode: Mode = "reference", grid: tuple[int, int] | None = None, prefix: int = 1
 ) -> Tensor:
-    """(1, prefix + H*W, D) -> (1, prefix + h*w, D). The first `prefix` rows (cls) are kept; `grid` = (H, W), square if None."""
+    """(1, prefix + H*W, D) -> (1, prefix + h*w, D). The first `prefix` rows (cls) are kept.
+
+    `grid` = (H, W), a square if None.
+    """
     N = pos_embed.shape[1] - prefix
     H, W = grid or (round(N**0.5), round(N**0.5))
     assert H * W == N, f"{N} positions do not form a grid of {H} x {W}"
