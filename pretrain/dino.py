@@ -185,7 +185,7 @@ class DINO(nn.Module):
 
     @torch.no_grad()
     def after_step(self, step: int, means: dict[str, Tensor]) -> None:
-        """The center follows the teacher's mean output (eq. 4): step t uses that of t - 1. The teacher follows its student."""
+        """Eq. 4, so that the loss of step t uses the center of t - 1; then the teacher follows its student."""
         self.center.lerp_(means["teacher_mean"].to(self.center), 1 - self.center_momentum)
         ema.update(self.teacher, self.student, self.momentum(step))
 

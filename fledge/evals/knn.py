@@ -13,9 +13,9 @@ from fledge.evals.features import chunks
 def knn_votes(
     train: Tensor, labels: Tensor, test: Tensor, n_classes: int, *, k: int = 20, temp: float = 0.07, batch: int = 256
 ) -> Tensor:
-    """(N, D), (N,), (M, D) -> (M, K): each of the k nearest by cosine votes for its class with weight exp(cosine / temp).
+    """(N, D), (N,), (M, D) -> (M, K): the k nearest by cosine vote for their classes with weight exp(cosine / temp).
 
-    k is at most N. Any M will do, also fewer than one batch; a row's votes do not depend on the others.
+    k is cut to N. Any M will do, also fewer than one batch; a row's votes do not depend on the others.
     """
     k = min(k, len(train))
     train = F.normalize(train, dim=1)
@@ -33,6 +33,6 @@ def knn_correct(
     """(M,) 1. where the right class is among the `top` most voted, else 0."""
     n_classes = int(torch.cat([labels, test_labels]).max()) + 1
     votes = knn_votes(train, labels, test, n_classes, k=k, temp=temp)
-    # k neighbours name at most k classes: a class without a vote is never counted as right (the authors' min(5, k)).
-    best = votes.topk(min(top, k, n_classes), dim=1).indices  # (M, top)
+    # k neighbours name at most k classes (the authors' min(5, k)); of equal votes the lower class goes first, as theirs.
+    best = votes.argsort(dim=1, descending=True, stable=True)[:, : min(top, k)]
     return (best == test_labels[:, None]).any(dim=1).to(torch.float32)

@@ -54,7 +54,7 @@ def penalised_loss(weight: Tensor, bias: Tensor, x: Tensor, y: Tensor, l2: float
 
 
 def solve(x: Tensor, y: Tensor, n_classes: int, l2: float, start: Linear | None = None, max_iter: int = 200) -> Linear:
-    """The minimiser of `penalised_loss`, (N, D), (N,) -> a head. Convex, so the start changes the time and not the end."""
+    """The minimiser of `penalised_loss`, (N, D), (N,) -> a head. Convex: the start changes only the time."""
     weight = start.weight.clone() if start else x.new_zeros(n_classes, x.shape[1])
     bias = start.bias.clone() if start else x.new_zeros(n_classes)
     weight, bias = nn.Parameter(weight), nn.Parameter(bias)
@@ -91,7 +91,7 @@ def fit_probe(
     penalties: tuple[float, ...] = PENALTIES,
     max_iter: int = 200,
 ) -> Probe:
-    """Solve for each penalty on (x, y), keep the one with the best accuracy on the validation rows (the stronger of equals).
+    """Solve for each penalty on (x, y) and keep the best on the validation rows, the stronger of equals.
 
     The validation rows choose the penalty and nothing else; they are not trained on.
     """
@@ -109,9 +109,9 @@ def fit_probe(
 
 
 def prototypes(features: Tensor, labels: Tensor, n_classes: int, temp: float = 0.07) -> Linear:
-    """(N, D), (N,) -> the head whose rows are the classes' mean directions, so that logits rise with cosine to the mean.
+    """(N, D), (N,) -> the head whose rows are the classes' mean directions.
 
-    The nearest thing to k-NN that is a linear layer: with features of one length it is softmax over cosine / temp.
+    The nearest thing to k-NN that is a linear layer: with features of one length, softmax over cosine / temp.
     """
     classes = F.one_hot(labels, n_classes).to(features.dtype)  # (N, K)
     directions = F.normalize(classes.T @ F.normalize(features, dim=1), dim=1)  # (K, D)

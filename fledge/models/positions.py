@@ -16,10 +16,10 @@ Mode = Literal["reference", "timm"]
 
 @lru_cache(maxsize=64)
 def resize_matrix(old: tuple[int, int], new: tuple[int, int], mode: Mode, dtype: torch.dtype, device: str) -> Tensor:
-    """The linear map from a grid of old = (H, W) patches to one of new = (h, w): (h*w, H*W), rows of both row-major.
+    """The linear map from a grid of old = (H, W) patches to one of new = (h, w): (h*w, H*W), both row-major.
 
-    "reference": as DINO trains, scale_factor = (n + .1) / N without antialiasing. The .1 (there against rounding errors)
-    moves the sampling points, so a plain size gives features about 1 % off. "timm": by size, antialiased, as in timm.
+    "reference": as DINO trains, scale_factor = (n + .1) / N without antialiasing. The .1 (against rounding errors)
+    moves the sampling points, so a plain size gives features about 1 % off. "timm": by size, antialiased.
     """
     (H, W), (h, w) = old, new
     # May be called first under inference_mode; the cached matrix must still serve training.

@@ -81,7 +81,7 @@ def check_end(objective, truth):
         want, have = part(truth["t"], name), mine.state_dict()
         assert want.keys() == have.keys()
         for key in want:
-            torch.testing.assert_close(have[key], want[key], **TOL, msg=lambda m, key=key: f"{name}{key}: {m}")
+            torch.testing.assert_close(have[key], want[key], **TOL)
 
 
 def test_twelve_steps_in_ten_lines(truth):
