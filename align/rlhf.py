@@ -7,8 +7,8 @@ Axes: B rows (one prompt with one response each), T response tokens, V vocabular
 - Losses and statistics are **sums** over the mask; whoever calls divides by the number of tokens of the whole batch.
 
 Sources: Schulman et al. 2015 (GAE, arXiv:1506.02438) and 2017 (PPO, arXiv:1707.06347); Ziegler et al. 2019
-(arXiv:1909.08593: per-token KL reward, adaptive controller); Ouyang et al. 2022 (InstructGPT, arXiv:2203.02155); Huang et
-al. 2024 ("The N+ implementation details of RLHF with PPO", arXiv:2403.17031); Schulman 2020 ("Approximating KL
+(arXiv:1909.08593: per-token KL reward, adaptive controller); Ouyang et al. 2022 (InstructGPT, arXiv:2203.02155); Huang
+et al. 2024 ("The N+ implementation details of RLHF with PPO", arXiv:2403.17031); Schulman 2020 ("Approximating KL
 divergence", a note) for k1, k2 and k3.
 """
 
@@ -46,8 +46,8 @@ def whiten(
     """(x - mean) / sqrt(var + 1e-8) over the 1s of the mask, in two passes; 0 elsewhere. (B, T) -> (B, T)
 
     The variance is divided by n as in lm-human-preferences and N+; ``unbiased`` divides by n - 1, as TRL and verl do.
-    ``shift_mean=False`` keeps the mean (N+'s whitening of rewards). ``reduce`` sums a tensor over all ranks, so that every
-    rank whitens its rows with the moments of the whole batch.
+    ``shift_mean=False`` keeps the mean (N+'s whitening of rewards). ``reduce`` sums a tensor over all ranks, so that
+    every rank whitens its rows with the moments of the whole batch.
     """
     count, total = reduce(torch.stack([mask.sum().to(x.dtype), masked_sum(x, mask)]))
     mean = total / count.clamp(min=1)
@@ -115,8 +115,8 @@ def penalise_missing_eos(
 def reward_mask(mask: Tensor, reward_at: RewardAt = "last_token") -> Tensor:
     """The positions over which rewards and GAE run. (B, T) -> (B, T)
 
-    ``last_token``: the response mask itself. ``after_eos``: one position more, where there is room, as N+ and TRL 1.12 do
-    it; there the value *after* the last token takes part. Kept only to reproduce them.
+    ``last_token``: the response mask itself. ``after_eos``: one position more, where there is room, as N+ and TRL 1.12
+    do it; there the value *after* the last token takes part. Kept only to reproduce them.
     """
     if reward_at == "last_token":
         return mask
