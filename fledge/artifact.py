@@ -2,9 +2,10 @@
 
     artifact/{config.json, model.safetensors, tokenizer.json, …, README.md, config.yaml, manifest.json}
 
-Weights and their config are in the ecosystem's own format. `manifest.json` is written last and holds kind, architecture,
-step, seed, the sha256 of every file, parents by role (or the origin of an imported one), metrics, preprocessing, data and
-versions. Parents are named by digest, with their own parents inside, so that the lineage survives moving and deleting.
+Weights and their config are in the ecosystem's own format. `manifest.json` is written last and holds kind,
+architecture, step, seed, the sha256 of every file, parents by role (or the origin of an imported one), metrics,
+preprocessing, data and versions. Parents are named by digest, with their own parents inside, so that the lineage
+survives moving and deleting.
 """
 
 import builtins
@@ -230,7 +231,7 @@ def write(
         "loads_with": list(_loader(kind)),
         "versions": _versions(),
     }
-    files.canonical(manifest)  # plain JSON, or this fails before anything is written
+    manifest = _plain(manifest)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.sweep(path.parent, path.name)
     folder = files.aside(path, "tmp")
@@ -241,13 +242,20 @@ def write(
         (folder / "README.md").write_text(_card(manifest, folder), encoding="utf-8")
         (folder / "config.yaml").write_text(config, encoding="utf-8")
         manifest = files.write_manifest(folder, manifest)
-        if path.is_dir():
-            files.remove(path)
+        older = files.aside(path, "del")
+        if path.exists():
+            files.move(path, older)
         files.move(folder, path)
+        shutil.rmtree(older, ignore_errors=True)
     except BaseException:  # also when the user interrupts
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return Artifact(path, manifest)
+
+
+def _plain(value: Any) -> Any:
+    """As it will be read back: sorted keys, lists for tuples, null for what is not finite. Fails on anything else."""
+    return json.loads(json.dumps(value, sort_keys=True), parse_constant=lambda _: None)
 
 
 def _refuse_to_destroy(path: Path) -> None:
@@ -255,13 +263,15 @@ def _refuse_to_destroy(path: Path) -> None:
     if not path.exists() or path.is_dir() and not any(path.iterdir()):
         return
     try:
-        known = files.read_manifest(path, FORMAT, "artifact")["files"] if path.is_dir() else None
+        manifest = files.read_manifest(path, FORMAT, "artifact")
+        foreign = sorted(set(files.members(path)) - set(manifest["files"])) if manifest.get("kind") in KINDS else ["…"]
     except files.Broken:
-        known = None
-    foreign = files.members(path) if known is None else sorted(set(files.members(path)) - set(known))
-    if known is None or foreign:
-        named = f" (it has {', '.join(foreign[:5])})" if foreign else ""
-        raise InputError(f"{path} exists and is not only an artifact{named}; move it away, or choose another folder")
+        foreign = files.members(path) or ["…"]
+    if foreign:
+        named = ", ".join(foreign[:5])
+        raise InputError(
+            f"{path} exists and is not only an artifact (it has {named}); move it away, or write elsewhere"
+        )
 
 
 def _refuse_pickles(folder: Path) -> None:
@@ -326,9 +336,8 @@ def load_state(
     ]
     for names in aliases.values():
         first, *others = [name for name in names if name in given] or [""]
-        problems += [
-            f"{first} and {name} are tied but differ" for name in others if not given[first].equal(given[name])
-        ]
+        differ = [name for name in others if not given[first].equal(given[name])]
+        problems += [f"{first} and {name} are tied but differ" for name in differ]
     if problems:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise InputError(
