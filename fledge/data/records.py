@@ -27,7 +27,7 @@ def cache_folder(name: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"cannot make the cache folder {folder} ({error.strerror}); set FLEDGE_CACHE to a folder that can be written"
+            f"cannot make the cache folder {folder} ({error.strerror}); set FLEDGE_CACHE to a writable folder"
         ) from error
     return folder
 

@@ -67,7 +67,7 @@ class TextConfig(DataConfig):
     seq_len: int = Field(128, ge=2)
     """T, tokens of a row."""
     packing: Packing = "concat"
-    """concat: documents one behind the other, cut at the ends of rows. best_fit: documents stay whole where they fit."""
+    """concat: documents one behind the other, cut at the ends of rows. best_fit: kept whole where they fit."""
 
     def fingerprint(self) -> str:
         if self.source == "world":
@@ -261,7 +261,7 @@ def pack(offsets: np.ndarray, seq_len: int, packing: Packing) -> Index:
 
 
 def _pack_concat(offsets: np.ndarray, seq_len: int) -> Index:
-    """Documents one behind the other, cut every ``seq_len`` tokens; a cut makes two pieces that do not see each other."""
+    """Documents one behind the other, cut every ``seq_len`` tokens; two pieces of a cut do not see each other."""
     total = int(offsets[-1])
     bounds = np.union1d(offsets, np.append(np.arange(0, total, seq_len), total))
     start, length = bounds[:-1], np.diff(bounds)
@@ -270,7 +270,7 @@ def _pack_concat(offsets: np.ndarray, seq_len: int) -> Index:
 
 
 def _pack_best_fit(offsets: np.ndarray, seq_len: int) -> Index:
-    """Best fit decreasing: the longest piece first, into the fullest row that has room for it, the earliest of equals."""
+    """Best fit decreasing: the longest piece first, into the fullest row with room for it, the earliest of equals."""
     pieces = [
         (start, min(seq_len, int(stop) - start))
         for begin, stop in zip(offsets[:-1], offsets[1:], strict=True)
@@ -357,8 +357,8 @@ class Packed:
         enough = len(self) if len(self.tokens) >= config.seq_len else 0
         if len(self.tokens) == 0 or enough < at_least:
             raise InputError(
-                f"the {split} text is too short: {self.documents} documents with {len(self.tokens)} tokens give {enough} "
-                f"rows of data.seq_len {config.seq_len}, but {max(at_least, 1)} are needed; "
+                f"the {split} text is too short: {self.documents} documents with {len(self.tokens)} tokens give "
+                f"{enough} rows of data.seq_len {config.seq_len}, but {max(at_least, 1)} are needed; "
                 "use more text, a smaller data.seq_len or a smaller train.batch"
             )
 

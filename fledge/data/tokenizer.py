@@ -52,7 +52,7 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}
 {{- '<|assistant|>' }}
 {%- endif %}"""
-"""``[BOS]<|user|>question<|assistant|>answer[EOS]<|user|>…``: a marker opens every turn, the end token closes an answer.
+"""``[BOS]<|user|>question<|assistant|>answer[EOS]<|user|>…``: a marker opens every turn, the end closes an answer.
 What the model says stands within ``{% generation %}``."""
 
 

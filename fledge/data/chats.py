@@ -1,0 +1,415 @@
+"""Conversations: questions and answers as token rows in which only the answers are scored.
+
+    record --columns--> messages --chat template--> segments --tokenizer--> ids, scored
+
+Ids are built segment by segment, so that what is scored is known by construction: nothing is tokenised twice and no
+marker is searched for among the ids. The scored segments are the assistant's words and the end token that closes them.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fledge.config import DataConfig, hardware
+from fledge.data import records, text
+from fledge.data.records import Split
+from fledge.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Message = dict[str, str]
+Segment = tuple[str, bool]  # text with its special tokens written out, scored
+Overlong = Literal["drop", "truncate"]
+ROLES = ("system", "user", "assistant")
+
+# reasons of a skip, counted in `skipped`
+EMPTY, NOTHING, LONG = "empty answer", "no answer of the assistant", "longer than max_length"
+MARKED, TWICE, EQUAL = "a special token in the text", "prompt seen before", "chosen equals rejected"
+TRUNCATED = "prompt cut at the left"  # not a skip; counted beside them in `truncated`
+
+
+# ---- records ---------------------------------------------------------------------------------------------------------
+
+
+class RecordsConfig(DataConfig):
+    """Records of conversations and how their splits are drawn; base of chats and preferences."""
+
+    source: Literal["world", "files"] = "world"
+    """world: what ships with fledge. files: records of your own, in ``path``."""
+    path: str | None = hardware(None)
+    """A .jsonl (also .jsonl.gz) or .parquet file, or a folder of them."""
+    validation_path: str | None = hardware(None)
+    """Held-out records of their own; without it, a share of those of ``path``."""
+    test_path: str | None = hardware(None)
+    """As ``validation_path``, for the final figures."""
+    split_field: str | None = None
+    """A field that says train, validation (also val, valid, dev) or test; without it, a hash of the prompt decides."""
+    validation_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share of prompts held out."""
+    test_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share of prompts held out for the final figures."""
+    prompt: list[str] = ["prompt"]
+    """The field or fields that make the prompt, one below the other: [instruction, input]."""
+    template: Literal["chat", "plain"] = "chat"
+    """chat: a prompt that is plain text becomes a user's message. plain: prompt and answer follow without markers."""
+    max_length: int = Field(512, ge=2)
+    """The most tokens of an example."""
+    overlong: Overlong = "drop"
+    """drop: leave longer examples out. truncate: cut their prompt at the left, the answer stays whole. Both counted."""
+
+    def fingerprint(self) -> str:
+        if self.source == "world":
+            from fledge.data import world
+
+            return records.digest(["world", world.digest()])
+        return records.digest({s: [records.sha256(f) for f in paths] for s, paths in self.inputs().items()})
+
+    def check(self) -> None:
+        if self.source == "files" and self.path is None:
+            raise InputError("data.source is files, but data.path is not set; give a .jsonl or .parquet file")
+        if self.source == "world" and self.path is not None:
+            raise InputError(f"data.path is {self.path}, but data.source is world; set data.source: files to read it")
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise InputError("data.validation_fraction and data.test_fraction leave nothing to train on")
+        self.inputs()
+
+    def inputs(self) -> dict[str, list[Path]]:
+        """The files behind each path that is set."""
+        paths = {"train": self.path, "validation": self.validation_path, "test": self.test_path}
+        return {s: records.files_of(p, records.RECORD_SUFFIXES, "data.path") for s, p in paths.items() if p is not None}
+
+
+class ChatsConfig(RecordsConfig):
+    """Conversations: ``messages``, or ``prompt`` and ``completion`` (TRL's formats), or fields named otherwise."""
+
+    messages: str = "messages"
+    """The field with a list of {role, content}; records without it have a prompt and a completion."""
+    completion: str = "completion"
+    """The field of the answer."""
+    packing: Literal["none", "best_fit"] = "none"
+    """none: one example a row. best_fit: several examples a row of max_length, with a document index."""
+
+
+_HELD_OUT: dict[str, Split] = {"val": "validation", "valid": "validation", "dev": "validation"}
+
+
+def read(config: RecordsConfig, split: Split) -> Iterator[tuple[str, dict]]:
+    """("file:line", record) of a split, as they stand in the files."""
+    config.check()
+    inputs = config.inputs()
+    if split != "train" and split in inputs:
+        for path in inputs[split]:
+            yield from records.read_records(path)
+        return
+    shares = {"validation": config.validation_fraction, "test": config.test_fraction}
+    validation, test = (0.0 if s in inputs else share for s, share in shares.items())
+    for path in inputs["train"]:
+        for where, record in records.read_records(path):
+            if config.split_field is not None:
+                named = str(records.look_up(record, config.split_field, where))
+                found = _HELD_OUT.get(named, named)
+                if found not in records.SPLITS:
+                    raise InputError(f"{where}: {config.split_field} is {named!r}; expected train, validation or test")
+            else:
+                found = records.split_of(_key(config, record, where), validation, test)
+            if found == split:
+                yield where, record
+
+
+def _key(config: RecordsConfig, record: dict, where: str) -> str:
+    """What the split hashes: the prompt, so that one prompt's answers never stand on both sides."""
+    messages = record.get(getattr(config, "messages", ""))
+    if messages is None and config.prompt[0] not in record and isinstance(record.get("chosen"), list):
+        messages = record["chosen"]  # preferences without a prompt of their own
+    if messages is None:
+        messages = prompt_of(config, record, where)
+    prompt = [m for m in as_messages(messages, "user", where) if m["role"] != "assistant"]
+    return "\n".join(m["content"] for m in prompt)
+
+
+def prompt_of(config: RecordsConfig, record: dict, where: str) -> str | list:
+    """The prompt of a record: a list of messages as it stands, or texts joined."""
+    if len(config.prompt) == 1 and isinstance(value := records.look_up(record, config.prompt[0], where), list):
+        return value
+    return records.join_fields(record, config.prompt, where)
+
+
+def as_messages(value: Any, role: str, where: str) -> list[Message]:
+    """Checked messages; a plain text becomes one of ``role``.
+
+    Raises:
+        InputError: not a text or a list of {role, content} with known roles.
+    """
+    if isinstance(value, str) or value is None:
+        return [{"role": role, "content": value or ""}]
+    value = value if isinstance(value, list) else [value]
+    for message in value:
+        fine = isinstance(message, dict) and isinstance(message.get("content"), str) and message.get("role") in ROLES
+        if not fine:
+            raise InputError(
+                f"{where}: expected a text or a list of messages with a role ({', '.join(ROLES)}) and a text as "
+                f"content, found {str(message)[:80]!r}"
+            )
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def conversation(config: ChatsConfig, record: dict, where: str) -> list[Message]:
+    """The messages of a record of any of the formats."""
+    if record.get(config.messages) is not None:
+        return as_messages(record[config.messages], "user", where)
+    completion = records.look_up(record, config.completion, where)
+    return as_messages(prompt_of(config, record, where), "user", where) + as_messages(completion, "assistant", where)
+
+
+def conversations(config: ChatsConfig, split: Split) -> list[dict]:
+    """The records of a split, each with its ``messages``; whatever else a record holds stays beside them."""
+    if config.source == "world":
+        from fledge.data import world
+
+        return [{**r, "messages": conversation(config, r, f"world:{n}")} for n, r in enumerate(world.questions(split))]
+    return [{**record, "messages": conversation(config, record, where)} for where, record in read(config, split)]
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def render(tokenizer: "PreTrainedTokenizerFast", messages: list[Message], *, generation: bool = False) -> str:
+    """The chat template's text; with ``generation`` it ends where the assistant begins to speak."""
+    if tokenizer.chat_template is None:
+        raise InputError("this tokenizer has no chat template; use one trained here, or data.template: plain")
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+
+
+def segments(tokenizer: "PreTrainedTokenizerFast", messages: list[Message], template: str = "chat") -> list[Segment]:
+    """A conversation as (text, scored) in order, up to the last answer. Their ids, joined, are the example."""
+    if template == "plain":
+        return _plain_segments(tokenizer, messages)
+    end, done, found = str(tokenizer.eos_token), "", []
+    for n, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = render(tokenizer, messages[:n], generation=True)
+        full = render(tokenizer, messages[: n + 1])
+        closed = full.rfind(end) + len(end)
+        if not prompt.startswith(done) or not full.startswith(prompt) or closed < len(prompt) + len(end):
+            raise InputError(
+                "the tokenizer's chat template cannot be trained on: it changes earlier turns when a later one is "
+                f"added, or does not close an answer with the end token {end!r}"
+            )
+        found += [(prompt[len(done) :], False), (full[len(prompt) : closed], True)]
+        done = full[:closed]
+    return found
+
+
+def _plain_segments(tokenizer: "PreTrainedTokenizerFast", messages: list[Message]) -> list[Segment]:
+    found: list[Segment] = [(tokenizer.bos_token or "", False)]
+    for message in messages:
+        answer = message["role"] == "assistant"
+        found.append((message["content"] + (str(tokenizer.eos_token) if answer else ""), answer))
+    return found
+
+
+def prompt_text(tokenizer: "PreTrainedTokenizerFast", messages: list[Message], template: str = "chat") -> str:
+    """What stands before the answer; its ids are those of ``apply_chat_template(add_generation_prompt=True)``."""
+    if template == "plain":
+        return (tokenizer.bos_token or "") + "".join(m["content"] for m in messages)
+    return render(tokenizer, messages, generation=True)
+
+
+def ids_of(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[list[int]]:
+    """Ids of texts whose special tokens are written out; nothing is added."""
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+def markers(tokenizer: "PreTrainedTokenizerFast") -> re.Pattern[str]:
+    """Finds the name of a special token in a text."""
+    specials = [t.content for t in tokenizer.backend_tokenizer.get_added_tokens_decoder().values() if t.special]
+    return re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+
+
+def marked(pattern: re.Pattern[str], messages: Iterable[Message]) -> bool:
+    """Does a message hold the name of a special token? It could forge a turn, so it is not used."""
+    return any(pattern.search(message["content"]) for message in messages)
+
+
+def shorten(prompt: list[int], room: int, bos: int | None) -> list[int] | None:
+    """The last ``room`` ids of a prompt, its bos kept in front; None if nothing of the prompt would be left."""
+    first = prompt[:1] if prompt[:1] == [bos] else []
+    kept = room - len(first)
+    return first + prompt[len(prompt) - kept :] if kept > 0 else None
+
+
+class Chats:
+    """A split of conversations as rows.
+
+    ``skipped`` counts what was left out, by reason; ``truncated`` those whose prompt was cut; ``records`` are the used.
+    """
+
+    def __init__(
+        self, config: ChatsConfig, tokenizer: "PreTrainedTokenizerFast", split: Split, *, at_least: int = 1
+    ) -> None:
+        self.config, self.split, self.pad_id = config, split, int(tokenizer.pad_token_id or 0)
+        found = conversations(config, split)
+        skipped, truncated = Counter[str](), 0
+        self.records, ids, scored = [], [], []
+        for record, pieces in _tokenise(config, tokenizer, found, skipped):
+            length = sum(len(piece) for piece, _ in pieces)
+            if length > config.max_length:
+                first = shorten(pieces[0][0], len(pieces[0][0]) + config.max_length - length, tokenizer.bos_token_id)
+                if config.overlong == "drop" or first is None:
+                    skipped[LONG] += 1
+                    continue
+                pieces[0] = (first, False)
+                truncated += 1
+            self.records.append(record)
+            ids.append(np.concatenate([np.array(piece, np.int32) for piece, _ in pieces]))
+            scored.append(np.concatenate([np.full(len(piece), answer) for piece, answer in pieces]))
+        self.skipped, self.truncated = dict(skipped), truncated
+        require(len(ids), at_least, split, len(found), self.skipped)
+        self.offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)  # (N + 1,)
+        self.tokens = np.concatenate(ids)
+        self.scored = np.concatenate(scored)
+        packed = config.packing == "best_fit"
+        self.index = text.pack(self.offsets, config.max_length, "best_fit") if packed else None
+
+    def __len__(self) -> int:
+        return len(self.index.rows) - 1 if self.index is not None else len(self.records)
+
+    def rows(self, ids: list[int], seeds: list[int] | None = None) -> dict[str, Tensor]:
+        """(B, T) int64 input_ids, attention_mask, labels: right-padded to the longest. Packed: also document, position.
+
+        Labels are ALREADY SHIFTED: labels[t] is the token at t + 1 where that is the assistant's, else -100.
+        """
+        if self.index is None:
+            index = text.Index(np.arange(len(self) + 1), self.offsets[:-1], np.diff(self.offsets))
+            width = int(max(index.length[i] for i in ids))
+        else:
+            index, width = self.index, self.config.max_length
+        batch = text.assemble(index, ids, lambda a, b: self.tokens[a:b], width, self.pad_id)
+        scored = text.assemble(index, ids, lambda a, b: self.scored[a:b], width, 0)["input_ids"].bool()
+        batch["attention_mask"] = (batch["document"] > 0).long()
+        batch["labels"] = text.next_labels(batch["input_ids"], batch["document"])
+        batch["labels"][:, :-1][~scored[:, 1:]] = text.IGNORE
+        return batch if self.index is not None else {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
+
+    def report(self) -> str:
+        return report(len(self.records), self.skipped, self.truncated)
+
+
+def _tokenise(
+    config: ChatsConfig, tokenizer: "PreTrainedTokenizerFast", found: list[dict], skipped: Counter[str]
+) -> Iterator[tuple[dict, list[tuple[list[int], bool]]]]:
+    """(record, [(ids of a segment, scored)]) of the usable records; all segments go to the tokenizer at once."""
+    usable, pieces, pattern = [], [], markers(tokenizer)
+    for record in found:
+        messages = record["messages"]
+        answers = [m["content"] for m in messages if m["role"] == "assistant"]
+        reason = NOTHING if not answers else EMPTY if not all(a.strip() for a in answers) else None
+        if reason is None and marked(pattern, messages):
+            reason = MARKED
+        if reason is not None:
+            skipped[reason] += 1
+            continue
+        usable.append(record)
+        pieces.append(segments(tokenizer, messages, config.template))
+    ids = iter(ids_of(tokenizer, [segment for some in pieces for segment, _ in some]))
+    for record, some in zip(usable, pieces, strict=True):
+        yield record, [(next(ids), answer) for _, answer in some]
+
+
+def require(used: int, at_least: int, split: str, of: int, skipped: dict[str, int]) -> None:
+    """Raise InputError where too few examples are left."""
+    if used < max(at_least, 1):
+        raise InputError(
+            f"the {split} data has {used} usable examples of {of}, but {max(at_least, 1)} are needed; "
+            f"{_reasons(skipped) or 'nothing was skipped'}; use more data or a smaller train.batch"
+        )
+
+
+def report(used: int, skipped: dict[str, int], truncated: int = 0) -> str:
+    """One line for people: what was used, and what was not and why."""
+    cut = f"; {truncated} with their {TRUNCATED}" if truncated else ""
+    return f"{used} examples used{cut}" + (f"; {_reasons(skipped)}" if skipped else "")
+
+
+def _reasons(skipped: dict[str, int]) -> str:
+    return "skipped: " + ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items())) if skipped else ""
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def pad(sequences: list[list[int]], pad_id: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
+    """(ids, mask), each (B, T) int64 of the longest's length; mask 1 = real."""
+    width = max(map(len, sequences))
+    ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        at = slice(width - len(sequence), width) if side == "left" else slice(0, len(sequence))
+        ids[row, at] = torch.tensor(sequence, dtype=torch.long)
+        mask[row, at] = 1
+    return ids, mask
+
+
+class Prompts:
+    """Prompts alone, each once, for a policy to answer. ``records`` stand in the order of the ids.
+
+    Args:
+        found: records with their ``prompt`` as messages.
+        max_length: tokens of a prompt at most.
+    """
+
+    def __init__(
+        self,
+        found: list[dict],
+        tokenizer: "PreTrainedTokenizerFast",
+        *,
+        split: str,
+        template: str = "chat",
+        max_length: int = 512,
+        overlong: Overlong = "drop",
+        at_least: int = 1,
+    ) -> None:
+        self.pad_id, skipped, self.truncated = int(tokenizer.pad_token_id or 0), Counter[str](), 0
+        unique: dict[str, dict] = {}
+        pattern = markers(tokenizer)
+        for record in found:
+            if marked(pattern, record["prompt"]):
+                skipped[MARKED] += 1
+                continue
+            text = prompt_text(tokenizer, record["prompt"], template)
+            skipped[TWICE] += text in unique
+            unique.setdefault(text, record)
+        self.records: list[dict] = []
+        self.ids: list[list[int]] = []
+        for record, ids in zip(unique.values(), ids_of(tokenizer, list(unique)), strict=True):
+            if len(ids) > max_length and overlong == "drop":
+                skipped[LONG] += 1
+                continue
+            if len(ids) > max_length:
+                ids = shorten(ids, max_length, tokenizer.bos_token_id) or ids[-max_length:]
+                self.truncated += 1
+            self.records.append(record)
+            self.ids.append(ids)
+        self.skipped = {reason: n for reason, n in skipped.items() if n}
+        require(len(self.ids), at_least, split, len(found), self.skipped)
+        self.width = max(map(len, self.ids))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(self, ids: list[int], seeds: list[int] | None = None) -> dict[str, Tensor]:
+        """(B, P) int64 input_ids and attention_mask, LEFT-padded to the longest of these rows."""
+        tokens, mask = pad([self.ids[i] for i in ids], self.pad_id, "left")
+        return {"input_ids": tokens, "attention_mask": mask}
+
+    def report(self) -> str:
+        return report(len(self), self.skipped, self.truncated)
