@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     Batch = dict[str, Tensor]
 
+MAX_PIXELS = 89_478_485  # where Pillow itself begins to warn of a decompression bomb
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # only these decoders ever see a user's bytes
 INDEX_FORMAT = 1
@@ -69,7 +70,7 @@ class PictureConfig(DataConfig):
     """3: colour. 1: grey."""
     resize_to: int | None = Field(None, ge=1)
     """Shrink every picture on loading until its short side has so many pixels; smaller ones stay as they are."""
-    max_pixels: int = Field(100_000_000, ge=1)
+    max_pixels: int = Field(MAX_PIXELS, ge=1, le=MAX_PIXELS)
     """Pictures with more pixels are left out undecoded (decompression bombs)."""
     cache: bool = hardware(False)
     """Keep the decoded (and shrunk) pictures in memory: for sets that fit, decoding then costs nothing."""
@@ -86,34 +87,56 @@ class ImagesConfig(PictureConfig):
     """folder: image files below `path`. world: the glyphs that ship with fledge."""
     path: str | None = hardware(None)
     """Folder of jpg, png, webp or bmp files, searched recursively."""
-    labels: Literal["auto", "folders", "none"] = "auto"
-    """folders: the first subfolder is the class. auto: so where every picture lies in one of two or more subfolders."""
+    labels: Literal["auto", "folders", "script", "character", "none"] = "auto"
+    """folders: the first subfolder is the class. script, character: of the world's glyphs. auto: the script, or the
+    folders where every picture lies in one of two or more."""
+    split: Literal["train", "validation", "test", "all"] = "train"
+    """Part of the pictures; the world's splits are by character."""
     holdout: float = Field(0.0, ge=0, lt=1)
     """Share of a folder's pictures, chosen by their content, that split train leaves to split validation."""
-    split: Literal["train", "validation", "all"] = "train"
-    """Part of the folder."""
+    fonts: Literal["seen", "unseen", "all"] = "seen"
+    """The world's fonts: those to train on, the family kept out, or all."""
 
     @model_validator(mode="after")
     def _source(self) -> Self:
-        if self.source == "folder" and self.path is None:
-            raise ValueError("source folder needs `path`, a folder of pictures")
-        if self.source == "folder" and self.split == "validation" and self.holdout == 0:
-            raise ValueError(
-                "split validation is empty while holdout is 0; set holdout, or let path be the validation folder"
-            )
+        if self.source == "world":
+            refuse(self, "world", "path", "holdout", "resize_to")
+        else:
+            refuse(self, "folder", "fonts")
+            if not self.path:
+                raise ValueError("source folder needs `path`, a folder of pictures")
+            check_split(self.split, self.holdout, "let path be the folder of that split")
+        if self.labels in (("folders",) if self.source == "world" else ("script", "character")):
+            raise ValueError(f"source {self.source} has no labels {self.labels!r}")
         return self
 
     def fingerprint(self) -> str:
-        return self._listing().fingerprint
+        return world_fingerprint() if self.source == "world" else listing(self).fingerprint
 
     def check(self) -> None:
-        self._listing()
+        if self.source == "folder":
+            listing(self)
 
     def open(self) -> Images:
-        return FolderImages.open(self)
+        if self.source == "folder":
+            return FolderImages(listing(self), self)
+        label = "script" if self.labels == "auto" else self.labels
+        return WorldImages(self.split, self.fonts, label, self.mode)
 
-    def _listing(self) -> Listing:
-        return listing(self)
+
+def refuse(config: DataConfig, source: str, *names: str) -> None:
+    """Fields that say nothing about this source must be left as they are."""
+    set_ = [name for name in names if getattr(config, name) != type(config).model_fields[name].get_default()]
+    if set_:
+        raise ValueError(f"source {source} has no use for {', '.join(set_)}; remove it, or choose another source")
+
+
+def check_split(split: str, holdout: float, instead: str) -> None:
+    """A user's data has no test split, and a validation split only where something is held out."""
+    if split == "test":
+        raise ValueError(f"split test exists in the world only; {instead}")
+    if split == "validation" and holdout == 0:
+        raise ValueError(f"split validation is empty while holdout is 0; set holdout, or {instead}")
 
 
 # -- the dataset -----------------------------------------------------------------------------------------------------
@@ -156,10 +179,6 @@ class FolderImages(Images):
         if config.cache:
             self.pixels = _threaded(self._raw, range(len(self)))
 
-    @classmethod
-    def open(cls, config: ImagesConfig) -> FolderImages:
-        return cls(listing(config), config)
-
     def __len__(self) -> int:
         return len(self.names)
 
@@ -180,6 +199,40 @@ class FolderImages(Images):
         return image.size, image.tobytes()
 
 
+class WorldImages(Images):
+    """Glyphs of the embedded world, 32 x 32, white on black. Labels mean the same in every split: classes are all
+    scripts, or all characters, of the world."""
+
+    def __init__(self, split: str, fonts: str, label: str, mode: str):
+        from fledge.data.world.characters import characters
+        from fledge.data.world.glyphs import glyphs
+
+        self.glyphs = glyphs(None if split == "all" else split, fonts)
+        self.mode = mode
+        self.fingerprint = world_fingerprint()
+        if label != "none":
+            everyone = characters()
+            of = [one.script if label == "script" else one.name for one in everyone]
+            self.classes = tuple(sorted(set(of)))
+            number = {name: i for i, name in enumerate(self.classes)}
+            by_codepoint = {one.codepoint: number[name] for one, name in zip(everyone, of, strict=True)}
+            self.labels = [by_codepoint[codepoint] for codepoint in self.glyphs.codepoint.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.glyphs)
+
+    def pil(self, i: int) -> Image.Image:
+        image = Image.fromarray(self.glyphs.image(i))
+        return image if self.mode == "L" else image.convert(self.mode)
+
+
+def world_fingerprint() -> str:
+    """Of the drawn pictures and of what is known about their characters."""
+    from fledge.data import world
+
+    return world.fingerprint("glyphs")
+
+
 # -- decoding --------------------------------------------------------------------------------------------------------
 
 
@@ -187,7 +240,7 @@ class Undecodable(Exception):
     """Why a file is not a usable picture, in a few words."""
 
 
-def decode(path: Path, mode: str, resize_to: int | None = None, max_pixels: int = 100_000_000) -> Image.Image:
+def decode(path: Path, mode: str, resize_to: int | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture in a file: upright by its EXIF orientation, transparency on white, in `mode`, shrunk if asked."""
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -248,12 +301,14 @@ class Entry:
 
 def inspect(path: Path) -> Entry:
     """Hashes and fully decodes a file."""
-    stat = path.stat()
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     try:
-        # at most what PIL itself accepts silently; a run's own max_pixels is applied when its pictures are listed
-        image = decode(path, "RGB", max_pixels=Image.MAX_IMAGE_PIXELS or 2**31)
+        stat = path.stat()
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as problem:
+        return Entry(-1, -1, "", problem=f"cannot be read: {problem.strerror}")
+    try:
+        image = decode(path, "RGB")  # a run's own max_pixels is applied when its pictures are listed
     except Undecodable as problem:
         return Entry(stat.st_size, stat.st_mtime_ns, sha256, problem=str(problem))
     return Entry(stat.st_size, stat.st_mtime_ns, sha256, *image.size)
@@ -272,7 +327,10 @@ def index_files(root: Path, names: Sequence[str]) -> dict[str, Entry]:
 
 
 def _unchanged(path: Path, entry: Entry) -> bool:
-    stat = path.stat()
+    try:
+        stat = path.stat()
+    except OSError:
+        return False
     return (stat.st_size, stat.st_mtime_ns) == (entry.size, entry.mtime_ns)
 
 
@@ -337,17 +395,21 @@ def listing(config: ImagesConfig) -> Listing:
 
 
 def find_pictures(root: Path) -> list[str]:
-    """Relative paths ("a/b.png") of the picture files below `root`, sorted; hidden files and folders are not looked at."""
+    """Relative paths ("a/b.png") of the picture files below `root`, sorted; hidden ones are not looked at."""
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         raise InputError(f"{root} {what}; `path` must be a folder of pictures ({', '.join(SUFFIXES)})")
-    found = []
+    found: list[str] = []
+    visited: set[str] = set()
     for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        at = Path(folder).relative_to(root)
-        found += [
-            (at / name).as_posix() for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-        ]
+        real = os.path.realpath(folder)
+        if real in visited:  # a link that leads back up
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        pictures = [name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        found += [(Path(folder).relative_to(root) / name).as_posix() for name in pictures]
     if not found:
         raise InputError(f"{root}: no pictures in it or below; expected files ending in {', '.join(SUFFIXES)}")
     return sorted(found)

@@ -17,7 +17,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from PIL import Image
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from fledge.config import data_path, hardware
 from fledge.data.augment import AugmentConfig
@@ -27,12 +27,16 @@ from fledge.data.images import (
     Listing,
     PictureConfig,
     Skipped,
+    WorldImages,
     augment_batch,
+    check_split,
     index_files,
+    refuse,
     report,
     unusable,
+    world_fingerprint,
 )
-from fledge.data.records import digest
+from fledge.data.records import digest, split_of
 from fledge.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,33 +55,45 @@ class PairsConfig(PictureConfig):
     path: str | None = hardware(None)
     """The JSON lines file; picture paths in it are relative to its folder."""
     image_field: Fields = "image"
-    """Field with the picture's path (dots go inside: images.noto); several fields are several pictures of one caption."""
+    """Field with the picture's path (dots go inside: images.noto); several are several pictures of one caption."""
     caption_field: Fields = "caption"
     """Field with the caption; several fields, and lists of words, are joined by `join`."""
     join: str = ", "
     """What stands between the joined parts of a caption."""
     where: dict[str, str | int | bool] = {}
     """Only rows whose fields have these values, for example {split: train}."""
+    split: Literal["train", "validation", "test", "all"] = "train"
+    """Part of the captions; the world's splits are by character."""
+    holdout: float = Field(0.0, ge=0, lt=1)
+    """Share of the captions, chosen by their text, that split train leaves to split validation."""
+    fonts: Literal["seen", "unseen", "all"] = "seen"
+    """The world's fonts: those to train on, the family kept out, or all."""
 
     @model_validator(mode="after")
     def _source(self) -> Self:
-        if self.source == "jsonl" and self.path is None:
+        if self.source == "world":
+            refuse(self, "world", "path", "image_field", "caption_field", "join", "where", "holdout", "resize_to")
+            return self
+        refuse(self, "jsonl", "fonts")
+        if not self.path:
             raise ValueError("source jsonl needs `path`, a file with one JSON object a line")
         if not self.image_field or not self.caption_field:
             raise ValueError("image_field and caption_field need at least one field each")
+        check_split(self.split, self.holdout, "pick rows by a field with where")
         return self
 
     def fingerprint(self) -> str:
-        return self._listing().fingerprint
+        return world_fingerprint() if self.source == "world" else listing(self).fingerprint
 
     def check(self) -> None:
-        self._listing()
+        if self.source == "jsonl":
+            listing(self)
 
     def open(self) -> Pairs:
-        return _listed_pairs(self._listing(), self)
-
-    def _listing(self) -> Listing:
-        return listing(self)
+        if self.source == "world":
+            return _world_pairs(WorldImages(self.split, self.fonts, "character", self.mode))
+        listed = listing(self)
+        return paired(listed.classes, FolderImages(listed, self))
 
 
 # -- the dataset -----------------------------------------------------------------------------------------------------
@@ -123,8 +139,12 @@ def paired(captions: Sequence[str], images: Images) -> Pairs:
     return Pairs(tuple(captions), images, tuple(map(tuple, members)))
 
 
-def _listed_pairs(listed: Listing, config: PairsConfig) -> Pairs:
-    return paired(listed.classes, FolderImages(listed, config))
+def _world_pairs(images: WorldImages) -> Pairs:
+    """Captions are the names of the characters that are in this split, in the order of their first picture."""
+    names = [images.classes[label] for label in images.labels or ()]
+    concepts = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    images.classes, images.labels = tuple(concepts), [concepts[name] for name in names]
+    return paired(images.classes, images)
 
 
 # -- JSON lines ------------------------------------------------------------------------------------------------------
@@ -142,12 +162,13 @@ def listing(config: PairsConfig) -> Listing:
     """The pictures that the file names; their classes are the distinct captions, in the order of the file."""
     path = data_path(config.path or "")
     rows, skipped = read_rows(path, config)
-    problems = picture_problems(path.parent, [name for row in rows for name in row.pictures], config.max_pixels)
+    rows = [row for row in rows if config.split in ("all", split_of(row.caption, config.holdout, test=0.0))]
+    found = look_at(path.parent, [name for row in rows for name in row.pictures], config.max_pixels)
     concepts: dict[str, int] = {}
     names, labels = [], []
     for row in rows:
         for name in row.pictures:
-            if why := problems[name].why:
+            if why := found[name].why:
                 skipped.append(Skipped(f"{row.where}: {name}", why))
             else:
                 names.append(name)
@@ -155,7 +176,7 @@ def listing(config: PairsConfig) -> Listing:
     if not names:
         raise InputError(f"{path}: no picture with a caption is left; {report(skipped, len(skipped), 'rows')}")
     captions = tuple(concepts)
-    fingerprint = digest([[captions[label], problems[n].sha256] for n, label in zip(names, labels, strict=True)])
+    fingerprint = digest([[captions[label], found[n].sha256] for n, label in zip(names, labels, strict=True)])
     return Listing(path.parent, tuple(names), fingerprint, tuple(skipped), captions, tuple(labels))
 
 
@@ -164,7 +185,7 @@ class Found(NamedTuple):
     why: str | None
 
 
-def picture_problems(root: Path, names: Sequence[str], max_pixels: int) -> dict[str, Found]:
+def look_at(root: Path, names: Sequence[str], max_pixels: int) -> dict[str, Found]:
     """Digest of each named picture, and why it cannot be used if so."""
     names = list(dict.fromkeys(names))
     entries = index_files(root, [name for name in names if (root / name).is_file()])
@@ -189,6 +210,8 @@ def read_rows(path: Path, config: PairsConfig) -> tuple[list[Row], list[Skipped]
             continue
         usable = _row(where, row, image_fields, caption_fields, config.join)
         (rows if isinstance(usable, Row) else skipped).append(usable)
+    if not seen and not skipped:
+        raise InputError(f"{path} is empty; expected one JSON object a line")
     if missing and seen:
         raise InputError(
             f"{path}: no row has a value in {', '.join(sorted(missing))}; the rows have {', '.join(seen)}. "
