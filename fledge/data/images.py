@@ -335,7 +335,7 @@ def _unchanged(path: Path, entry: Entry) -> bool:
 
 
 def _index_path(root: Path) -> Path:
-    return cache_folder("images") / (digest(str(root.resolve()))[:32] + ".json")
+    return cache_folder("images") / (hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32] + ".json")
 
 
 def _read_index(path: Path) -> dict[str, Entry]:
@@ -378,7 +378,7 @@ def listing(config: ImagesConfig) -> Listing:
     root = data_path(config.path or "")
     entries = index_files(root, find_pictures(root))
     problems = {name: unusable(entry, config.max_pixels) for name, entry in entries.items()}
-    skipped = tuple(Skipped(name, why) for name, why in problems.items() if why)
+    skipped = tuple(Skipped(_utf8(name), why) for name, why in problems.items() if why)
     good = [name for name, why in problems.items() if not why]
     if not good:
         raise InputError(f"{root}: none of its {len(entries)} pictures can be used; {report(skipped, len(entries))}")
@@ -390,7 +390,7 @@ def listing(config: ImagesConfig) -> Listing:
             "choose another holdout, or add pictures"
         )
     labels = tuple(classes.index(_first_folder(name)) for name in names) if classes else None
-    fingerprint = digest([[name, entries[name].sha256] for name in names])
+    fingerprint = digest([[_utf8(name), entries[name].sha256] for name in names])
     return Listing(root, tuple(names), fingerprint, skipped, classes, labels)
 
 
@@ -427,13 +427,18 @@ def class_names(root: Path, names: Sequence[str], labels: str) -> tuple[str, ...
     if labels == "none":
         return ()
     loose = [name for name in names if "/" not in name]
-    classes = tuple(sorted({_first_folder(name) for name in names if "/" in name}))
+    classes = sorted({_first_folder(name) for name in names if "/" in name})
     if not loose and len(classes) >= 2:
-        return classes
+        return tuple(classes)
     if labels == "auto":
         return ()
     where = f"{loose[0]} lies in no subfolder" if loose else f"there is only the subfolder {classes[0]}"
     raise InputError(f"{root}: labels folders needs a subfolder for each of two or more classes, but {where}")
+
+
+def _utf8(name: str) -> str:
+    """A file name that is no text in the system's encoding gets escapes, so that it can be hashed and printed."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _first_folder(name: str) -> str:

@@ -209,7 +209,10 @@ def read_rows(path: Path, config: PairsConfig) -> tuple[list[Row], list[Skipped]
         if any(lookup(row, name) != value for name, value in config.where.items()):
             continue
         usable = _row(where, row, image_fields, caption_fields, config.join)
-        (rows if isinstance(usable, Row) else skipped).append(usable)
+        if isinstance(usable, Row):
+            rows.append(usable)
+        else:
+            skipped.append(usable)
     if not seen and not skipped:
         raise InputError(f"{path} is empty; expected one JSON object a line")
     if missing and seen:
@@ -229,6 +232,8 @@ def _row(
     pictures = tuple(value for name in image_fields if isinstance(value := lookup(row, name), str) and value)
     if not caption:
         return Skipped(where, f"empty caption ({', '.join(caption_fields)})")
+    if any("\ud800" <= char <= "\udfff" for char in caption + "".join(pictures)):
+        return Skipped(where, "half a surrogate pair, which is no text")
     if not pictures:
         return Skipped(where, f"no picture ({', '.join(image_fields)})")
     return Row(where, caption, pictures)

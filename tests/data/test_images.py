@@ -87,6 +87,14 @@ def test_holdout_is_by_content(folder):
     ]
 
 
+def test_a_name_that_is_no_text(folder):
+    try:
+        save(folder / os.fsdecode(b"cat/\xff.png"), noise(7))
+    except OSError:
+        pytest.skip("this file system takes only names in UTF-8")
+    assert len(config(folder).open()) == 6 and len(config(folder).fingerprint()) == 64
+
+
 def test_a_link_that_leads_back_up_ends(folder):
     os.symlink(folder, folder / "dog" / "again")
     assert len(config(folder).open()) == 5
