@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ TRUNCATED = "prompt cut at the left"  # not a skip; counted beside them in `trun
 class RecordsConfig(DataConfig):
     """Records of conversations and how their splits are drawn; base of chats and preferences."""
 
+    world_part: ClassVar[str]
     source: Literal["world", "files"] = "world"
     """world: what ships with fledge. files: records of your own, in ``path``."""
     path: str | None = hardware(None)
@@ -69,7 +70,7 @@ class RecordsConfig(DataConfig):
         if self.source == "world":
             from fledge.data import world
 
-            return records.digest(["world", world.digest()])
+            return world.fingerprint(self.world_part)
         return records.digest({s: [records.sha256(f) for f in paths] for s, paths in self.inputs().items()})
 
     def check(self) -> None:
@@ -90,6 +91,7 @@ class RecordsConfig(DataConfig):
 class ChatsConfig(RecordsConfig):
     """Conversations: ``messages``, or ``prompt`` and ``completion`` (TRL's formats), or fields named otherwise."""
 
+    world_part: ClassVar[str] = "questions"
     messages: str = "messages"
     """The field with a list of {role, content}; records without it have a prompt and a completion."""
     completion: str = "completion"
@@ -169,12 +171,16 @@ def conversation(config: ChatsConfig, record: dict, where: str) -> list[Message]
     return as_messages(prompt_of(config, record, where), "user", where) + as_messages(completion, "assistant", where)
 
 
+def _turns(prompt: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
 def conversations(config: ChatsConfig, split: Split) -> list[dict]:
     """The records of a split, each with its ``messages``; whatever else a record holds stays beside them."""
     if config.source == "world":
         from fledge.data import world
 
-        return [{**r, "messages": conversation(config, r, f"world:{n}")} for n, r in enumerate(world.questions(split))]
+        return [{**q, "messages": _turns(q["prompt"], q["answer"])} for q in world.questions(split)]
     return [{**record, "messages": conversation(config, record, where)} for where, record in read(config, split)]
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class PreferencesConfig(RecordsConfig):
     """``prompt``, ``chosen``, ``rejected`` as texts or messages (TRL's formats), or fields named otherwise."""
 
+    world_part: ClassVar[str] = "preferences"
     chosen: str = "chosen"
     """The field of the better answer."""
     rejected: str = "rejected"
@@ -46,8 +47,8 @@ def pairs(config: PreferencesConfig, split: Split) -> list[dict]:
     if config.source == "world":
         from fledge.data import world
 
-        found = enumerate(world.preferences(split))
-        return [{**record, **pair(config, record, f"world:{n}")} for n, record in found]
+        plain = PreferencesConfig()  # the world's own field names, whatever the config says about files
+        return [{**record, **pair(plain, dict(record), "world")} for record in world.preferences(split)]
     return [{**record, **pair(config, record, where)} for where, record in chats.read(config, split)]
 
 

@@ -48,8 +48,8 @@ class TextConfig(DataConfig):
 
     source: Literal["world", "files"] = "world"
     """world: what ships with fledge. files: text of your own, in ``path``."""
-    kind: str = "all"
-    """The world's kind of documents."""
+    kinds: list[Literal["statements", "prose"]] = Field(["statements", "prose"], min_length=1)
+    """The world's documents that are read: statements about characters, prose from Python's documentation."""
     path: str | None = hardware(None)
     """A .txt or .jsonl file, or a folder of them."""
     validation_path: str | None = hardware(None)
@@ -73,7 +73,7 @@ class TextConfig(DataConfig):
         if self.source == "world":
             from fledge.data import world
 
-            return records.digest(["world", self.kind, world.digest()])
+            return world.fingerprint(*self.kinds)
         return records.digest([[records.sha256(f) for f in group] for group in _inputs(self).values()])
 
     def check(self) -> None:
@@ -102,7 +102,8 @@ def iterate(config: TextConfig, split: Split) -> Iterator[str]:
     if config.source == "world":
         from fledge.data import world
 
-        yield from world.documents(config.kind, split)
+        for kind in config.kinds:
+            yield from world.documents(kind, split)
         return
     config.check()
     inputs = _inputs(config)
@@ -133,7 +134,7 @@ def split_text(text: str, split_on: Literal["blank", "line", "file"]) -> list[st
     """Documents of a text; empty ones are none."""
     if split_on == "file":
         return [text] if text.strip() else []
-    parts = re.split(r"\n[ \t]*\n\s*?(?=\S|$)", text) if split_on == "blank" else text.split("\n")
+    parts = re.split(r"\n(?:[ \t]*\n)+", text) if split_on == "blank" else text.split("\n")
     return [part.strip("\n") for part in parts if part.strip()]
 
 
@@ -169,7 +170,7 @@ class Tokens:
 
 def tokenise(config: TextConfig, tokenizer: "PreTrainedTokenizerFast", split: Split, style: Style) -> Tokens:
     """The split's tokens, from the cache if they are there and whole, else made once. Keyed by content only."""
-    skip = {"path", "validation_path", "test_path", "seq_len", "packing"}
+    skip = {"path", "validation_path", "test_path", "seq_len", "packing"}  # the tokens do not depend on these
     paths = sorted(s for s, p in {"validation": config.validation_path, "test": config.test_path}.items() if p)
     key = [FORMAT, tokenizers.digest(tokenizer), config.fingerprint(), config.model_dump(exclude=skip), paths]
     folder = records.cache_folder("tokens") / records.digest([*key, split, style])[:32]
