@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -24,7 +25,7 @@ def features(
 ) -> Tensor:
     """(N, C, H, W) -> (N, D) on the CPU, in float32 at least: in eval mode, without gradient, `batch` images at a time.
 
-    The model's mode is restored. `progress` names the bar; None shows none.
+    The model's mode is restored. `progress` names the bar (on a terminal); None shows none.
     """
     place = next(model.parameters())
     was_training = model.training
@@ -39,5 +40,15 @@ def features(
 def chunks(x: Tensor, size: int, progress: str | None = None) -> Iterator[Tensor]:
     """x in pieces of at most `size` rows, the last one shorter; nothing is dropped."""
     starts = range(0, len(x), size)
-    for i in tqdm(starts, desc=progress, disable=progress is None, leave=False):
+    for i in tqdm(starts, desc=progress, disable=None if progress else True, leave=False):
         yield x[i : i + size]
+
+
+def feature_spread(x: Tensor) -> dict[str, float]:
+    """Health of features x (N, D): `feature_std`, the mean deviation of a unit feature's coordinates times sqrt(D) (1:
+    directions spread evenly, 0: all are one), and `rankme`, the effective rank (Garrido et al. 2023)."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    std = F.normalize(x, dim=1).std(dim=0, correction=0).mean().item() * x.shape[1] ** 0.5
+    values = torch.linalg.svdvals(x)
+    p = values / values.sum() + 1e-7
+    return {"feature_std": std, "rankme": torch.exp(-(p * p.log()).sum()).item()}

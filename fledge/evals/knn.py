@@ -33,6 +33,6 @@ def knn_correct(
     """(M,) 1. where the right class is among the `top` most voted, else 0."""
     n_classes = int(torch.cat([labels, test_labels]).max()) + 1
     votes = knn_votes(train, labels, test, n_classes, k=k, temp=temp)
-    # k neighbours name at most k classes (the authors' min(5, k)); of equal votes the lower class goes first, as theirs.
+    # k neighbours name at most k classes (the authors' min(5, k)); equal votes in the order of classes.
     best = votes.argsort(dim=1, descending=True, stable=True)[:, : min(top, k)]
     return (best == test_labels[:, None]).any(dim=1).to(torch.float32)

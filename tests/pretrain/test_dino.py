@@ -261,3 +261,114 @@ def test_tokens_equal_timm_at_its_own_size():
     vit = network().backbone.double().eval()
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     torch.testing.assert_close(tokens(vit, images), vit.forward_features(images), **TOL)
+
+
+# ------------------------------------------------------------------------------------------------------------- stage
+
+
+def tiny(out, **kw):
+    from fledge.config import load
+    from pretrain.dino import Config
+
+    plain = {
+        "stage": "pretrain.dino",
+        "out": str(out),
+        "augment": {"global_size": 16, "local_size": 8, "local_crops": 2},
+        "model": {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2},
+        "head": {"out_dim": 32, "hidden_dim": 16, "bottleneck_dim": 8},
+        "optim": {"warmup": "1 epoch"},
+        "train": {"batch": 4, "steps": 6, "precision": "fp32", "eval_every": 3, "device": "cpu"},
+        "track": {"wandb": "off"},
+    }
+    return load(Config, plain | kw)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from PIL import Image
+
+    root, g = tmp_path_factory.mktemp("dino") / "pictures", torch.Generator().manual_seed(0)
+    for name in ("one", "two"):
+        (root / name).mkdir(parents=True)
+        for i in range(6):
+            pixels = torch.randint(0, 256, (20, 20, 3), generator=g, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(root / name / f"{i}.png")
+    return str(root)
+
+
+def test_stage_hands_over_the_teacher(folder, tmp_path):
+    import timm
+
+    from fledge.checkpoint import newest
+    from pretrain.dino import main
+
+    data = {"path": folder}
+    evaluation = {"method": "knn", "fit": data, "test": data}
+    found = main(tiny(tmp_path, data=data, evaluation=evaluation))
+    assert found.kind == "vision-encoder" and found.step == 6
+    state = newest(tmp_path / "dino" / "checkpoints").tensors("model")
+    weights = load_file(found.path / "model.safetensors")
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, state[f"teacher.backbone.{name}"], rtol=0, atol=0)
+    assert any(not torch.equal(t, state[f"student.backbone.{n}"]) for n, t in weights.items())
+    assert state["center"].abs().max() > 0  # a buffer, so a resumed run goes on with it
+    model = timm.create_model(f"local-dir:{found.path}", pretrained=True).eval()
+    assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 16)
+    lines = [json.loads(x) for x in (tmp_path / "dino" / "metrics.jsonl").read_text().splitlines()]
+    assert {"train/loss", "train/teacher_entropy", "train/kl"} <= lines[0].keys()
+    assert any("eval/knn_top1" in line for line in lines)
+    assert found.metrics["scores"][0]["baseline_name"] == "raw pixels"
+
+
+def test_defaults_are_the_published_recipe():
+    """ViT-S/16, 300 epochs on 16 x 64 pictures (vit_small, boosted): the numbers of the authors' scripts."""
+    from pretrain.dino import Config
+
+    fields = {name: field.default for name, field in Config.model_fields.items()}
+    model, augment, optim, train = fields["model"], fields["augment"], fields["optim"], fields["train"]
+    assert (model.img_size, model.patch_size, model.embed_dim, model.depth, model.num_heads) == (224, 16, 384, 12, 6)
+    assert (augment.global_size, augment.local_size, augment.local_crops) == (224, 96, 8)
+    assert (augment.global_scale, augment.local_scale) == ((0.4, 1.0), (0.05, 0.4))
+    assert (augment.blur, augment.solarize, augment.jitter, augment.grey) == ((1.0, 0.1, 0.5), 0.2, 0.8, 0.2)
+    assert optim.peak_lr(train.batch) == pytest.approx(5e-4 * 1024 / 256)
+    assert (optim.betas, optim.min_lr, optim.warmup, optim.clip) == ((0.9, 0.999), 1e-6, "10 epochs", 3.0)
+    assert (optim.weight_decay, optim.weight_decay_end, optim.freeze_last_layer) == (0.04, 0.4, "1 epoch")
+    assert (fields["student_temp"], fields["teacher_temp"], fields["warmup_teacher_temp"]) == (0.1, 0.07, 0.04)
+    assert (fields["warmup_teacher_temp_epochs"], fields["momentum_teacher"]) == (30, 0.996)
+    assert fields["head"].model_dump() == {
+        "out_dim": 65536,
+        "hidden_dim": 2048,
+        "bottleneck_dim": 256,
+        "norm_last_layer": False,
+    }
+    assert (fields["center_momentum"], fields["drop_path_rate"], train.steps) == (0.9, 0.1, "300 epochs")
+
+
+def test_network_is_initialised_as_the_authors(folder, tmp_path):
+    from pretrain.dino import build
+
+    torch.manual_seed(99)  # the stage's seed decides, not whoever ran before
+    dino = build(tiny(tmp_path, data={"path": folder}), None, steps=6, steps_per_epoch=3)
+    again = build(tiny(tmp_path, data={"path": folder}), None, steps=6, steps_per_epoch=3)
+    assert all(torch.equal(a, b) for a, b in zip(dino.parameters(), again.parameters(), strict=True))
+    backbone = dino.student.backbone
+    assert 0.01 < backbone.cls_token.std() < 0.04 and 0.015 < backbone.pos_embed.std() < 0.025
+    assert backbone.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
+    assert not any(getattr(m, "drop_prob", 0) for m in dino.teacher.modules())
+    assert backbone.norm.eps == 1e-6
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"augment": {"global_size": 32, "local_size": 8}}, "global_size"),
+        ({"augment": {"global_size": 16, "local_size": 9}}, "local_size"),
+        ({"data": {"path": "x", "channels": 1}}, "channels"),
+        ({"optim": {"decay": "linear"}}, "decay"),
+    ],
+)
+def test_sizes_that_disagree_are_said(folder, tmp_path, change, words):
+    from fledge.errors import InputError
+
+    with pytest.raises(InputError, match=words):
+        tiny(tmp_path, **({"data": {"path": folder}} | change))
