@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from fledge.config import Config, bookkeeping, data_sections, dump, science
 from fledge.errors import InputError
@@ -389,7 +389,7 @@ class Run:
         self.unit = "rows"
         self.main = distributed.is_main()
         self._bar: Progress | None = None
-        self._file = None
+        self._file: TextIO | None = None
         self._wandb: Wandb | None = None
         self._status: dict[str, Any] = {}
 
@@ -401,14 +401,15 @@ class Run:
             raise InputError(f"name: {run.name!r}: expected a letter or digit, then letters, digits, dots, - and _")
         from fledge import distributed
 
-        mode = wandb_mode(config.track.wandb) if hasattr(config, "track") else "off"
+        track: TrackConfig | None = getattr(config, "track", None)
+        mode = wandb_mode(track.wandb) if track is not None else "off"
         if run.main:
             run._start(mode)
         distributed.barrier()  # nobody looks for checkpoints before it is settled whose folder this is
         return run
 
     def _start(self, mode: str) -> None:
-        me = identity(self.config, {role: parent.digest for role, parent in self.parents.items()})
+        me = json.loads(json.dumps(identity(self.config, {role: p.digest for role, p in self.parents.items()})))
         try:
             if read_json(self.dir / "identity.json", me) != me:
                 self.say(f"its config, data or parents changed; the earlier run is kept as {set_aside(self.dir)}")
@@ -471,11 +472,10 @@ class Run:
 
     def _open_metrics(self, whole: int | None = None) -> None:
         """Open for appending; bytes after `whole` are a line that a kill tore."""
-        self._file = open(self.dir / "metrics.jsonl", "ab+")  # noqa: SIM115  (held for the whole run)
-        if whole is not None:
-            self._file.truncate(whole)
-        self._file.close()
-        self._file = open(self.dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        path = self.dir / "metrics.jsonl"
+        if whole is not None and path.exists():
+            os.truncate(path, whole)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (held for the whole run)
 
     def _close_metrics(self) -> None:
         if self._file is not None:
