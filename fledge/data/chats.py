@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fledge.config import DataConfig, hardware
 from fledge.data import records, text
+from fledge.data import tokenizer as tokenizers
 from fledge.data.records import Split
 from fledge.errors import InputError
 
@@ -53,15 +54,15 @@ class RecordsConfig(DataConfig):
     """As ``validation_path``, for the final figures."""
     split_field: str | None = None
     """A field that says train, validation (also val, valid, dev) or test; without it, a hash of the prompt decides."""
-    validation_fraction: float = Field(0.05, ge=0, lt=1)
+    validation_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Share of prompts held out."""
-    test_fraction: float = Field(0.05, ge=0, lt=1)
+    test_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Share of prompts held out for the final figures."""
     prompt: list[str] = ["prompt"]
     """The field or fields that make the prompt, one below the other: [instruction, input]."""
     template: Literal["chat", "plain"] = "chat"
     """chat: a prompt that is plain text becomes a user's message. plain: prompt and answer follow without markers."""
-    max_length: int = Field(512, ge=2)
+    max_length: int = Field(default=512, ge=2)
     """The most tokens of an example."""
     overlong: Overlong = "drop"
     """drop: leave longer examples out. truncate: cut their prompt at the left, the answer stays whole. Both counted."""
@@ -191,32 +192,43 @@ def render(tokenizer: "PreTrainedTokenizerFast", messages: list[Message], *, gen
     """The chat template's text; with ``generation`` it ends where the assistant begins to speak."""
     if tokenizer.chat_template is None:
         raise InputError("this tokenizer has no chat template; use one trained here, or data.template: plain")
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
 
 
 def segments(tokenizer: "PreTrainedTokenizerFast", messages: list[Message], template: str = "chat") -> list[Segment]:
     """A conversation as (text, scored) in order, up to the last answer. Their ids, joined, are the example."""
     if template == "plain":
         return _plain_segments(tokenizer, messages)
-    end, done, found = str(tokenizer.eos_token), "", []
+    done, found = "", []
     for n, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         prompt = render(tokenizer, messages[:n], generation=True)
-        full = render(tokenizer, messages[: n + 1])
-        closed = full.rfind(end) + len(end)
-        if not prompt.startswith(done) or not full.startswith(prompt) or closed < len(prompt) + len(end):
-            raise InputError(
-                "the tokenizer's chat template cannot be trained on: it changes earlier turns when a later one is "
-                f"added, or does not close an answer with the end token {end!r}"
-            )
-        found += [(prompt[len(done) :], False), (full[len(prompt) : closed], True)]
-        done = full[:closed]
+        said = answer_text(tokenizer, prompt, messages[: n + 1])
+        if not prompt.startswith(done):
+            raise InputError(_UNFIT)
+        found += [(prompt[len(done) :], False), (said, True)]
+        done = prompt + said
     return found
 
 
+_UNFIT = (
+    "the tokenizer's chat template cannot be trained on: it changes earlier turns when a later one is added, "
+    "or does not close an answer with the end token"
+)
+
+
+def answer_text(tokenizer: "PreTrainedTokenizerFast", prompt: str, messages: list[Message]) -> str:
+    """What the template puts behind the rendered prompt, through the end token that closes the last answer."""
+    full, end = render(tokenizer, messages), str(tokenizer.eos_token)
+    closed = full.rfind(end) + len(end)
+    if not full.startswith(prompt) or closed < len(prompt) + len(end):
+        raise InputError(_UNFIT)
+    return full[len(prompt) : closed]
+
+
 def _plain_segments(tokenizer: "PreTrainedTokenizerFast", messages: list[Message]) -> list[Segment]:
-    found: list[Segment] = [(tokenizer.bos_token or "", False)]
+    found: list[Segment] = [(str(tokenizer.bos_token or ""), False)]
     for message in messages:
         answer = message["role"] == "assistant"
         found.append((message["content"] + (str(tokenizer.eos_token) if answer else ""), answer))
@@ -226,7 +238,7 @@ def _plain_segments(tokenizer: "PreTrainedTokenizerFast", messages: list[Message
 def prompt_text(tokenizer: "PreTrainedTokenizerFast", messages: list[Message], template: str = "chat") -> str:
     """What stands before the answer; its ids are those of ``apply_chat_template(add_generation_prompt=True)``."""
     if template == "plain":
-        return (tokenizer.bos_token or "") + "".join(m["content"] for m in messages)
+        return str(tokenizer.bos_token or "") + "".join(m["content"] for m in messages)
     return render(tokenizer, messages, generation=True)
 
 
@@ -262,14 +274,16 @@ class Chats:
     def __init__(
         self, config: ChatsConfig, tokenizer: "PreTrainedTokenizerFast", split: Split, *, at_least: int = 1
     ) -> None:
-        self.config, self.split, self.pad_id = config, split, int(tokenizer.pad_token_id or 0)
+        self.config, self.split, self.pad_id = config, split, tokenizers.pad_id(tokenizer)
         found = conversations(config, split)
         skipped, truncated = Counter[str](), 0
         self.records, ids, scored = [], [], []
         for record, pieces in _tokenise(config, tokenizer, found, skipped):
             length = sum(len(piece) for piece, _ in pieces)
             if length > config.max_length:
-                first = shorten(pieces[0][0], len(pieces[0][0]) + config.max_length - length, tokenizer.bos_token_id)
+                first = shorten(
+                    pieces[0][0], len(pieces[0][0]) + config.max_length - length, tokenizers.bos_id(tokenizer)
+                )
                 if config.overlong == "drop" or first is None:
                     skipped[LONG] += 1
                     continue
@@ -384,7 +398,7 @@ class Prompts:
         overlong: Overlong = "drop",
         at_least: int = 1,
     ) -> None:
-        self.pad_id, skipped, self.truncated = int(tokenizer.pad_token_id or 0), Counter[str](), 0
+        self.pad_id, skipped, self.truncated = tokenizers.pad_id(tokenizer), Counter[str](), 0
         unique: dict[str, dict] = {}
         pattern = markers(tokenizer)
         for record in found:
@@ -401,7 +415,7 @@ class Prompts:
                 skipped[LONG] += 1
                 continue
             if len(ids) > max_length:
-                ids = shorten(ids, max_length, tokenizer.bos_token_id) or ids[-max_length:]
+                ids = shorten(ids, max_length, tokenizers.bos_id(tokenizer)) or ids[-max_length:]
                 self.truncated += 1
             self.records.append(record)
             self.ids.append(ids)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from fledge.data import chats, records
+from fledge.data import tokenizer as tokenizers
 from fledge.data.chats import ChatsConfig, Message, Prompts, RecordsConfig
 from fledge.data.records import Split
 
@@ -58,7 +59,7 @@ class Preferences:
     def __init__(
         self, config: PreferencesConfig, tokenizer: "PreTrainedTokenizerFast", split: Split, *, at_least: int = 1
     ) -> None:
-        self.config, self.split, self.pad_id = config, split, int(tokenizer.pad_token_id or 0)
+        self.config, self.split, self.pad_id = config, split, tokenizers.pad_id(tokenizer)
         found = pairs(config, split)
         skipped, self.truncated = Counter[str](), 0
         pattern = chats.markers(tokenizer)
@@ -72,7 +73,9 @@ class Preferences:
             prompt, chosen, rejected = next(ids), next(ids), next(ids)
             room = config.max_length - max(len(chosen), len(rejected))  # one cut for both: they share their prompt
             if len(prompt) > room:
-                cut = chats.shorten(prompt, room, tokenizer.bos_token_id) if config.overlong == "truncate" else None
+                cut = (
+                    chats.shorten(prompt, room, tokenizers.bos_id(tokenizer)) if config.overlong == "truncate" else None
+                )
                 if cut is None:
                     skipped[chats.LONG] += 1
                     continue
@@ -127,11 +130,11 @@ def _unusable(pattern: re.Pattern[str], record: dict) -> str | None:
 def _texts(config: PreferencesConfig, tokenizer: "PreTrainedTokenizerFast", record: dict) -> list[str]:
     """[prompt, chosen answer, rejected answer] with their special tokens written out."""
     prompt = chats.prompt_text(tokenizer, record["prompt"], config.template)
-    answers = []
-    for side in ("chosen", "rejected"):
-        pieces = chats.segments(tokenizer, [*record["prompt"], *record[side]], config.template)
-        answers.append("".join(text for text, _ in pieces)[len(prompt) :])
-    return [prompt, *answers]
+    if config.template == "chat":
+        turns = ([*record["prompt"], *record[side]] for side in ("chosen", "rejected"))
+        return [prompt, *(chats.answer_text(tokenizer, prompt, messages) for messages in turns)]
+    plain = (chats.segments(tokenizer, record[side], "plain")[1:] for side in ("chosen", "rejected"))  # without bos
+    return [prompt, *("".join(text for text, _ in pieces) for pieces in plain)]
 
 
 def prompts(

@@ -48,7 +48,7 @@ class TextConfig(DataConfig):
 
     source: Literal["world", "files"] = "world"
     """world: what ships with fledge. files: text of your own, in ``path``."""
-    kinds: list[Literal["statements", "prose"]] = Field(["statements", "prose"], min_length=1)
+    kinds: list[Literal["statements", "prose"]] = Field(default=["statements", "prose"], min_length=1)
     """The world's documents that are read: statements about characters, prose from Python's documentation."""
     path: str | None = hardware(None)
     """A .txt or .jsonl file, or a folder of them."""
@@ -60,11 +60,11 @@ class TextConfig(DataConfig):
     """What divides a .txt file into documents: blank lines, every line end, or nothing."""
     field: str = "text"
     """The field of a .jsonl record that holds the document."""
-    validation_fraction: float = Field(0.05, ge=0, lt=1)
+    validation_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Share of documents held out, by a hash of the document."""
-    test_fraction: float = Field(0.05, ge=0, lt=1)
+    test_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Share of documents held out for the final figures, by the same hash."""
-    seq_len: int = Field(128, ge=2)
+    seq_len: int = Field(default=128, ge=2)
     """T, tokens of a row."""
     packing: Packing = "concat"
     """concat: documents one behind the other, cut at the ends of rows. best_fit: kept whole where they fit."""
@@ -350,7 +350,7 @@ class Packed:
         at_least: int = 1,
     ) -> None:
         self.config, self.split = config, split
-        self.pad_id = int(tokenizer.pad_token_id or 0)
+        self.pad_id = tokenizers.pad_id(tokenizer)
         self.tokens = tokenise(config, tokenizer, split, style or tokenizers.style_of(tokenizer))
         self.index = pack(self.tokens.offsets, config.seq_len, config.packing)
         self.skipped: dict[str, int] = {}  # every document is used

@@ -216,7 +216,7 @@ def add_chat(tokenizer: PreTrainedTokenizerFast) -> int:
 def digest(tokenizer: PreTrainedTokenizerFast) -> str:
     """sha256 of everything that decides its output; the padding and truncation last asked for do not count."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    content.pop("padding", None), content.pop("truncation", None)
+    content = {key: value for key, value in content.items() if key not in ("padding", "truncation")}
     return json_digest([content, {k: getattr(tokenizer, k) for k in SPECIALS}, tokenizer.chat_template])
 
 
@@ -244,6 +244,15 @@ def frame(tokenizer: PreTrainedTokenizerFast, style: Style) -> tuple[list[int], 
     if after is None:
         raise InputError(f"this tokenizer has no {names[1]}, which a document of the style {style!r} ends with")
     return ([] if before is None else [before]), [after]
+
+
+def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """What padding is filled with; which positions are padding is known from lengths, never from this id."""
+    return int(str(tokenizer.pad_token_id or 0))
+
+
+def bos_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    return None if tokenizer.bos_token_id is None else int(str(tokenizer.bos_token_id))
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:

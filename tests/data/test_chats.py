@@ -256,6 +256,13 @@ def test_pairs_share_their_prompt_and_end_with_eos(tokenizer, write):
     assert data.records[1]["prompt"] == turns("hi", "ho", "two?")
 
 
+def test_plain_pairs(tokenizer, write):
+    config = PreferencesConfig(**write([{"prompt": "two ", "chosen": "four", "rejected": "six"}]), template="plain")
+    data = Preferences(config, tokenizer, "train")
+    assert data.chosen[0] == ids(tokenizer, "[BOS]two ") + ids(tokenizer, "four[EOS]")
+    assert data.rejected[0] == ids(tokenizer, "[BOS]two ") + ids(tokenizer, "six[EOS]")
+
+
 def test_useless_pairs_are_counted(tokenizer, write):
     rows = [
         {"prompt": "q", "chosen": "a", "rejected": "b"},
