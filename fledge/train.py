@@ -175,9 +175,9 @@ def fit(
                 if step % config.log_every == 0 or step == steps - 1:
                     timing = {"time/step": seconds, "time/data": waited, "time/rows_per_second": stream.batch / seconds}
                     run.log(step, {f"train/{name}": value for name, value in values.items()} | timing)
-                progress.update(1, loss=values["loss"], items=stream.batch)
+                progress.update(values, rows=stream.batch)
             else:
-                progress.update(1)
+                progress.update()
             if evaluate and config.eval_every and (step + 1) % config.eval_every == 0:
                 run.log(step, {f"eval/{name}": value for name, value in evaluate(step).items()})
             if (step + 1) % config.save_every == 0 or step + 1 == steps:

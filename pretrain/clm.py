@@ -8,19 +8,26 @@ the same document, -100 where there is none.
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from pydantic import model_validator
 from torch import Tensor, nn
 
+from fledge import artifact, distributed
 from fledge.config import Config as BaseConfig
-from fledge.config import StageConfig, parent
-from fledge.data.text import TextConfig
+from fledge.config import StageConfig, parent, resolve
+from fledge.data import text, tokenizer
+from fledge.data.text import IGNORE, Packed, TextConfig
 from fledge.data.tokenizer import TokenizerConfig
-from fledge.models.language import CausalConfig, document_mask
-from fledge.optim import OptimConfig
-from fledge.stream import Batch
-from fledge.track import TrackConfig
-from fledge.train import TrainConfig
+from fledge.evals.language import ByteTrigram, PerDocument, bits_per_byte, causal_logits, score_documents
+from fledge.evals.score import Score, bootstrap
+from fledge.models import language
+from fledge.models.language import CausalConfig, decay_exempt, document_mask, next_token_loss
+from fledge.models.sampling import sample
+from fledge.optim import OptimConfig, adamw, decay_groups
+from fledge.stream import Batch, DataStream, derive
+from fledge.track import Run, TrackConfig
+from fledge.train import TrainConfig, fit
 
 WRITES = "causal-lm"
 
@@ -54,20 +61,20 @@ class Config(StageConfig):
     stage: Literal["pretrain.clm"] = "pretrain.clm"
     parents: Parents = Parents()
     data: TextConfig
-    tokenizer: TokenizerConfig = TokenizerConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig(style="causal", vocab_size=50_257)
     model: CausalConfig = CausalConfig()
     optim: Optim = Optim()
     train: Train = Train()
     track: TrackConfig = TrackConfig()
 
+    @model_validator(mode="after")
+    def _fits(self) -> "Config":
+        if self.data.seq_len > self.model.context_length:
+            raise ValueError(f"data.seq_len {self.data.seq_len} exceeds model.context_length {self.model.context_length}")
+        return self
+
 
 # -------------------------------------------------------------------------------------------------------- objective
-
-
-def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy summed over labels that are not -100, in fp32 at least. logits (B, T, V), labels (B, T) shifted."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
 
 class CLM(nn.Module):
@@ -81,7 +88,7 @@ class CLM(nn.Module):
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Tokens that have a next one."""
-        return {"loss": int((batch["labels"] != -100).sum())}
+        return {"loss": int((batch["labels"] != IGNORE).sum())}
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         logits = self.model(
@@ -91,3 +98,95 @@ class CLM(nn.Module):
             use_cache=False,
         ).logits
         return {"loss": next_token_loss(logits, batch["labels"])}
+
+
+# ------------------------------------------------------------------------------------------------------------- stage
+
+
+def evaluate(model: Any, before: Any, held_out: Packed, documents: dict[str, list[str]], tokens: Any, precision: str) -> Score:
+    """Bits per byte of held-out documents, beside an interpolated byte trigram fitted on the same training text."""
+
+    def per_document(model: Any) -> PerDocument:
+        logits = causal_logits(model, precision)
+        return score_documents(logits, held_out.rows, held_out, tokenizer.token_bytes(tokens), rows=32, causal=True)
+
+    after, first = per_document(model), per_document(before)
+    encoded = {split: [document.encode() for document in found] for split, found in documents.items()}
+    trigram = ByteTrigram(encoded["train"], encoded["validation"])
+    nats = np.array([trigram.nats(document).sum() for document in encoded["test"]])
+    size = np.array([len(document) for document in encoded["test"]])
+    scored = after.bytes > 0
+    bits = after.nats[scored] / (np.log(2) * after.bytes[scored])
+    low, high = bootstrap(bits, weights=after.bytes[scored])
+    return Score(
+        metric="bits per byte",
+        after=bits_per_byte(after.nats, after.bytes),
+        before=bits_per_byte(first.nats, first.bytes),
+        baseline=bits_per_byte(nats, size),
+        baseline_name="interpolated byte trigram",
+        low=low,
+        high=high,
+        n=int(scored.sum()),
+        higher_is_better=False,
+        unit="documents",
+        note=f"{int(size.sum())} bytes, {100 * after.bytes.sum() / size.sum():.1f} % of them scored",
+    )
+
+
+def continuations(model: Any, tokens: Any, prompts: list[str], n: int = 48) -> list[dict]:
+    """Beginnings of held-out documents, continued by sampling at temperature 0.8."""
+    rows = []
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([tokens(prompt)["input_ids"]], device=distributed.device())
+        made = sample(
+            model, ids, torch.ones_like(ids), max_new_tokens=n, temperature=0.8, eos_id=tokens.eos_token_id,
+            pad_id=tokens.pad_token_id, seeds=[derive("continuation", i)],
+        )  # fmt: skip
+        rows.append({"beginning": prompt, "continuation": tokens.decode(made[0][0].tolist(), skip_special_tokens=True)})
+    return rows
+
+
+def main(config: Config) -> artifact.Artifact:
+    """Train, measure on the test documents, and hand the language model over."""
+    distributed.setup(config.train.device)
+    parents = artifact.open_parents(config)
+    with Run.open(config, parents) as run:
+        documents = {split: text.documents(config.data, split) for split in ("train", "validation", "test")}
+        if "init" in parents:
+            tokens = language.read_tokenizer(parents["init"])
+        else:
+            tokens = tokenizer.build(config.tokenizer, lambda: documents["train"])
+        train = Packed(config.data, tokens, "train", style="causal", at_least=config.train.batch)
+
+        def untrained() -> Any:
+            torch.manual_seed(derive("init", config.seed))
+            return language.read(parents["init"]) if "init" in parents else language.build_causal(config.model, tokens)
+
+        objective = CLM(untrained())
+        stream = DataStream(len(train), train.rows, batch=config.train.batch, seed=config.seed, what="data")
+        steps = resolve(config.train.steps, stream.steps_per_epoch)
+        groups = decay_groups(objective, decay_exempt)
+        optim = adamw(groups, config.optim, batch=stream.batch, steps=steps, steps_per_epoch=stream.steps_per_epoch)
+        fit(objective, stream, optim, config.train, run, steps=steps, seed=config.seed)
+
+        model = objective.model.eval()
+        held_out = Packed(config.data, tokens, "test", style="causal", at_least=0)
+        before = untrained().to(distributed.device())
+        score = evaluate(model, before, held_out, documents, tokens, config.train.precision)
+        beginnings = [" ".join(document.split()[:6]) for document in documents["test"][:8]]
+        run.samples("continuations", continuations(model, tokens, beginnings), "Held-out beginnings, continued")
+        return run.publish(
+            WRITES,
+            lambda folder: language.save(model, tokens, folder),
+            [score],
+            architecture={"name": type(model).__name__, "parameters": language.size(model)},
+            preprocessing={"tokenizer": tokenizer.digest(tokens), "max_length": config.model.context_length},
+            data={"fingerprint": config.data.fingerprint(), "documents": train.documents},
+            step=steps,
+        )
+
+
+if __name__ == "__main__":
+    from fledge.cli import stage_main
+
+    raise SystemExit(stage_main(Config, main))

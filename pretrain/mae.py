@@ -9,18 +9,22 @@ from functools import partial
 from typing import Literal
 
 import torch
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from fledge import artifact, distributed
 from fledge.config import Config as BaseConfig
-from fledge.config import StageConfig, parent
-from fledge.data.augment import AugmentConfig
-from fledge.data.images import ImagesConfig
+from fledge.config import StageConfig, parent, resolve
+from fledge.data.augment import AugmentConfig, denormalise
+from fledge.data.images import Images, ImagesConfig, augmented, eval_batch
+from fledge.evals.vision import VisionEval, evaluate
 from fledge.models import vit
 from fledge.models.vit import ViTConfig
-from fledge.optim import OptimConfig
-from fledge.stream import Batch, derive
-from fledge.track import TrackConfig
-from fledge.train import TrainConfig
+from fledge.optim import OptimConfig, adamw, decay_groups
+from fledge.stream import Batch, DataStream, derive, generator
+from fledge.pictures import picture_grid
+from fledge.track import Run, TrackConfig
+from fledge.train import TrainConfig, fit
 
 WRITES = "vision-encoder"
 
@@ -33,9 +37,9 @@ class Parents(BaseConfig):
 class Decoder(BaseConfig):
     """The light decoder (section 3): the same for every encoder size."""
 
-    embed_dim: int = 512
-    depth: int = 8
-    num_heads: int = 16
+    embed_dim: PositiveInt = 512
+    depth: PositiveInt = 8
+    num_heads: PositiveInt = 16
 
 
 class Optim(OptimConfig):
@@ -62,12 +66,24 @@ class Config(StageConfig):
     augment: AugmentConfig = AugmentConfig()
     model: ViTConfig = ViTConfig()
     decoder: Decoder = Decoder()
-    mask_ratio: float = 0.75
+    mask_ratio: float = Field(0.75, gt=0, lt=1)
     norm_pix_loss: bool = True
     """Targets are normalised by their patch's mean and standard deviation."""
     optim: Optim = Optim()
     train: Train = Train()
     track: TrackConfig = TrackConfig()
+    evaluation: VisionEval | None = None
+    """Labelled pictures that measure the encoder in the end; none: it is handed over unmeasured."""
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> "Config":
+        if self.augment.size != self.model.img_size:
+            raise ValueError(f"augment.size {self.augment.size} is not model.img_size {self.model.img_size}")
+        if self.data.channels != self.model.in_chans:
+            raise ValueError(f"data.channels {self.data.channels} is not model.in_chans {self.model.in_chans}")
+        if int(self.model.num_patches * (1 - self.mask_ratio)) < 1:
+            raise ValueError(f"mask_ratio {self.mask_ratio} keeps none of {self.model.num_patches} patches")
+        return self
 
 
 # ------------------------------------------------------------------------------------------------------------ maths
@@ -204,3 +220,73 @@ class MaskedImages:
             torch.rand(self.num_patches, generator=torch.Generator().manual_seed(derive("mask", seed))) for seed in seeds
         ]
         return self.rows(ids, seeds) | {"noise": torch.stack(noise)}
+
+
+def reconstructions(mae: MAE, images: Images, config: Config, n: int = 12):
+    """Rows of three pictures: masked, reconstructed with the visible patches pasted in, and the original. A PIL image.
+
+    With norm_pix_loss the prediction is scaled back by the original patch's mean and deviation: what is judged is the
+    structure inside a patch, not its brightness.
+    """
+    ids = [i * len(images) // n for i in range(n)]
+    view = config.augment.evaluation(resize=config.augment.size)
+    pixels = eval_batch(images, ids, view).to(distributed.device())  # (n, C, H, W)
+    P, grid = config.model.patch_size, config.model.img_size // config.model.patch_size
+    noise = torch.rand(len(ids), grid * grid, generator=generator("pictures", config.seed)).to(pixels.device)
+    with torch.no_grad():
+        latent, mask, ids_restore = mae.forward_encoder(pixels, noise)
+        pred = mae.forward_decoder(latent, ids_restore).float()
+    patches, mask = patchify(pixels, P), mask[:, :, None]
+    if config.norm_pix_loss:
+        mean, var = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
+        pred = pred * (var + 1e-6).sqrt() + mean
+    views = [patches * (1 - mask), patches * (1 - mask) + pred * mask, patches]
+    rows = [denormalise(unpatchify(v, P, config.model.in_chans, grid).cpu(), view.mean, view.std) for v in views]
+    return picture_grid(torch.stack(rows, dim=1))
+
+
+def main(config: Config) -> artifact.Artifact:
+    """Train, measure the frozen features, and hand the encoder over."""
+    distributed.setup(config.train.device)
+    parents = artifact.open_parents(config)
+    with Run.open(config, parents) as run:
+        images = config.data.open()
+        if images.report():
+            run.say(images.report())
+
+        def untrained() -> MAE:
+            torch.manual_seed(derive("init", config.seed))
+            mae = MAE(config)
+            if "init" in parents:
+                run.say(vit.load(mae.encoder, config.model, parents["init"]))
+            return mae
+
+        mae = untrained()
+        rows = MaskedImages(augmented(images, config.augment), config.model.num_patches)
+        stream = DataStream(len(images), rows, batch=config.train.batch, seed=config.seed)
+        steps = resolve(config.train.steps, stream.steps_per_epoch)
+        optim = adamw(
+            decay_groups(mae), config.optim, batch=stream.batch, steps=steps, steps_per_epoch=stream.steps_per_epoch
+        )
+        fit(mae, stream, optim, config.train, run, steps=steps, seed=config.seed)
+
+        mae.eval()
+        run.picture("reconstructions", reconstructions(mae, images, config), "Masked, reconstructed, original")
+        view = config.augment.evaluation(resize=config.augment.size)
+        before = untrained().encoder.to(distributed.device())
+        scores = [evaluate(mae.encoder, before, config.evaluation, view)] if config.evaluation else []
+        return run.publish(
+            WRITES,
+            lambda folder: vit.save(mae.encoder, config.model, vit.preprocessing(view), folder),
+            scores,
+            architecture=vit.architecture(config.model),
+            preprocessing=vit.preprocessing(view),
+            data={"fingerprint": images.fingerprint, "pictures": len(images), "skipped": len(images.skipped)},
+            step=steps,
+        )
+
+
+if __name__ == "__main__":
+    from fledge.cli import stage_main
+
+    raise SystemExit(stage_main(Config, main))

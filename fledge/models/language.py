@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
@@ -143,6 +144,12 @@ def document_mask(document: Tensor, *, causal: bool) -> Tensor:
     return allowed[:, None]
 
 
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy summed over labels that are not -100, in fp32 at least. logits (B, T, V), labels (B, T) shifted."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+
+
 def decay_exempt(name: str, parameter: Tensor) -> bool:
     """Gains and biases are not decayed; embeddings are, as in GPT-2's and BERT's published recipes."""
     return parameter.ndim <= 1 or name.endswith(".bias")
@@ -150,6 +157,9 @@ def decay_exempt(name: str, parameter: Tensor) -> bool:
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write transformers' own form: config.json, model.safetensors, tokenizer files."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of shards: one line of ours says what was written
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -184,3 +194,8 @@ def read(artifact: Artifact, auto: str = "AutoModelForCausalLM", **options) -> A
             f"other shapes {sorted(map(str, report['mismatched_keys']))}"
         )
     return model
+
+
+def size(model: nn.Module) -> int:
+    """Parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())

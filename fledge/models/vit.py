@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from fledge.artifact import Artifact, load_state
 from fledge.config import Config
+from fledge.data.augment import EvalConfig
+from fledge.errors import InputError
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -116,20 +118,41 @@ def save(model: nn.Module, config: ViTConfig, preprocessing: dict, folder: Path,
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
+def preprocessing(view: EvalConfig) -> dict:
+    """What a picture goes through before the encoder, for manifest and config.json."""
+    return {"mean": list(view.mean), "std": list(view.std), "size": view.size, "resize": view.short_side}
+
+
+def architecture(config: ViTConfig) -> dict:
+    return {"name": TIMM_NAME, "vit": config.model_dump()}
+
+
 def read_config(artifact: Artifact) -> ViTConfig:
     """The sizes of a vision artifact, from its manifest."""
     return ViTConfig(**artifact.manifest["architecture"]["vit"])
 
 
-def read(artifact: Artifact) -> tuple["VisionTransformer", ViTConfig, str]:
-    """The encoder of a vision-encoder artifact, its sizes, and the loading report."""
+def load(model: nn.Module, config: ViTConfig, artifact: Artifact) -> str:
+    """Load a vision-encoder artifact into ``model``, strictly; returns the loading report.
+
+    Raises:
+        InputError: the sizes differ, or a tensor is left over or missing.
+    """
     from safetensors.torch import load_file
 
+    sizes = read_config(artifact)
+    if sizes != config:
+        differ = [f"{k} {v} here, {getattr(sizes, k)} there" for k, v in config if getattr(sizes, k) != v]
+        raise InputError(f"{artifact.path} does not fit model: {', '.join(differ)}; give model the sizes of the artifact")
+    return load_state(model, load_file(artifact.path / "model.safetensors"), where=str(artifact.path))
+
+
+def read(artifact: Artifact) -> tuple["VisionTransformer", ViTConfig]:
+    """The encoder of a vision-encoder artifact, and its sizes."""
     config = read_config(artifact)
     model = build(config)
-    tensors = load_file(artifact.path / "model.safetensors")
-    # Bring fixed or learned positions in as they are; timm's class has them as a parameter.
-    return model, config, load_state(model, tensors, where=str(artifact.path))
+    load(model, config, artifact)
+    return model, config
 
 
 def to_transformers(model: "VisionTransformer", config: ViTConfig) -> nn.Module:

@@ -1,0 +1,47 @@
+"""Answers of a chat model to prompts, and how many of them are exactly right."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fledge import distributed
+from fledge.data.chats import Prompts
+from fledge.models.sampling import sample
+from fledge.train import autocast
+
+
+def answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Prompts,
+    ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    precision: str = "fp32",
+    batch: int = 128,
+) -> list[str]:
+    """The model's most probable answer to each of the prompts ``ids``, without special tokens.
+
+    Prompts of similar length are answered together.
+    """
+    model.eval()
+    order = sorted(range(len(ids)), key=lambda k: len(prompts.ids[ids[k]]))
+    found: dict[int, str] = {}
+    for start in range(0, len(order), batch):
+        some = order[start : start + batch]
+        rows = {name: x.to(distributed.device()) for name, x in prompts.rows([ids[k] for k in some]).items()}
+        with autocast(precision):
+            said, mask = sample(
+                model, **rows, max_new_tokens=max_new_tokens, temperature=0.0, seeds=[0] * len(some),
+                eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+        for k, row, real in zip(some, said, mask.bool(), strict=True):
+            found[k] = tokenizer.decode(row[real].tolist(), skip_special_tokens=True).strip()
+    return [found[k] for k in range(len(ids))]
+
+
+def exact(given: Sequence[str], wanted: Sequence[str]) -> torch.Tensor:
+    """(N,) 1. where the answer is right to the letter, spaces aside."""
+    same = [" ".join(a.split()) == " ".join(b.split()) for a, b in zip(given, wanted, strict=True)]
+    return torch.tensor(same, dtype=torch.float32)
