@@ -154,11 +154,8 @@ def head(views: Sequence[View], title: str) -> str:
     """Title, when, how long, and in one sentence how it went."""
     began = [v.status["started"] for v in views if "started" in v.status]
     ended = [v.status["updated"] for v in views if "updated" in v.status]
-    facts = [f"{len(views)} stage{'s' * (len(views) != 1)}", f"{clock(sum(v.seconds for v in views))} of work"]
-    if began:
-        facts.append(
-            f"{moment(min(began))} to {moment(max(ended))}" if max(ended) - min(began) > 60 else moment(min(began))
-        )
+    facts = [f"{len(views)} stage{'s' * (len(views) != 1)}", f"{spoken(sum(v.seconds for v in views))} of work"]
+    facts += [span(min(began), max(ended))] if began else []
     links = " ".join(f'<a href="#{escape(v.anchor)}">{escape(v.name)}</a>' for v in views)
     return (
         f"<header><h1>{escape(title)}</h1><p class=facts>{' · '.join(map(escape, facts))}</p>"
@@ -166,8 +163,21 @@ def head(views: Sequence[View], title: str) -> str:
     )
 
 
-def moment(seconds: float) -> str:
-    return time.strftime("%d %b %Y %H:%M UTC", time.gmtime(seconds)).lstrip("0")
+def span(first: float, last: float) -> str:
+    """3 May 2026, 03:00 to 03:09 UTC"""
+    day, hour = (lambda t: time.strftime("%d %b %Y", time.gmtime(t)).lstrip("0")), "%H:%M"
+    begin, end = (time.strftime(hour, time.gmtime(t)) for t in (first, last))
+    if day(first) != day(last):
+        return f"{day(first)}, {begin} to {day(last)}, {end} UTC"
+    return f"{day(first)}, {begin} UTC" if begin == end else f"{day(first)}, {begin} to {end} UTC"
+
+
+def spoken(seconds: float) -> str:
+    """42 s, 7 min 42 s, 3 h 5 min"""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def verdict(views: Sequence[View]) -> str:
@@ -197,8 +207,8 @@ def summary(views: Sequence[View]) -> str:
     return (
         "<section id=summary><h2>What came out</h2><div class=wide><table class=summary>"
         f"<thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        "<p class=legend><span class=key-dot></span>after, with its 95 % bootstrap interval"
-        "<span class=key-ring></span>before<span class=key-bar></span>baseline</p></section>"
+        "<p class=legend><span><i class=key-dot></i>after, with its 95 % bootstrap interval</span>"
+        "<span><i class=key-ring></i>before</span><span><i class=key-bar></i>baseline</span></p></section>"
     )
 
 
@@ -221,7 +231,7 @@ def score_cells(score: Score) -> list[str]:
     metric = (
         f"{escape(score.metric)} <span class=arrow title='{better}'>{'↑' if score.higher_is_better else '↓'}</span>"
     )
-    metric += f"<small>{escape(score.note)}</small>" if score.note else ""
+    metric += "".join(f"<small>{escape(text)}</small>" for text in [*pairs(score), score.note] if text)
     lacking = score.shortfall()
     metric += f"<span class=short>{escape(lacking)}</span>" if lacking else ""
     baseline = show(score.baseline)
@@ -239,6 +249,17 @@ def score_cells(score: Score) -> list[str]:
         drawing,
         f"{score.n:,}<small>{escape(score.unit)}</small>",
     ]
+
+
+def pairs(score: Score) -> list[str]:
+    """The paired differences in words."""
+    named = ((score.gain, "before"), (score.lead, score.baseline_name or "baseline"))
+    return [f"over {name}, paired: {signed(*interval)}" for interval, name in named if interval is not None]
+
+
+def signed(low: float, high: float) -> str:
+    show = digits(low, high)
+    return " to ".join(("+" if v > 0 else "") + show(v) for v in (low, high))
 
 
 def row(cells: Sequence[str], first: bool) -> str:
@@ -283,7 +304,7 @@ def family(views: Sequence[View]) -> tuple[dict[str, svg.Node], list[tuple[str, 
     nodes: dict[str, svg.Node] = {}
     edges: list[tuple[str, str]] = []
     for view in views:
-        nodes[view.digest or f"run {view.name}"] = svg.Node(view.name, headline(view), f"#{view.anchor}")
+        nodes[view.digest or f"run {view.name}"] = svg.Node(view.name, *headline(view), f"#{view.anchor}")
 
     def visit(me: str, kind: str, stage: str, parents: Mapping[str, Mapping[str, Any]], origin: Any) -> None:
         for parent in parents.values():
@@ -317,12 +338,13 @@ def sources(kind: str, stage: str) -> list[str]:
     return ["pixels", "text"] if kind == "dual-encoder" or stage.endswith(".clip") else []
 
 
-def headline(view: View) -> str:
-    """The first score of a run in few letters; else its kind."""
+def headline(view: View) -> tuple[str, str]:
+    """The first score of a run in a few words, and as a bare number; its kind where there is none."""
     if not view.scores:
-        return view.kind or view.status.get("state", "")
+        return view.kind or view.status.get("state", ""), ""
     score = view.scores[0]
-    return f"{score.metric} {digits(score.low, score.high)(score.after)}"
+    number = digits(score.low, score.high)(score.after)
+    return f"{score.metric} {number}", number
 
 
 # ------------------------------------------------------------------------------------------------------- one stage
@@ -352,11 +374,15 @@ def facts(view: View, views: Sequence[View]) -> str:
         "raised from": ", ".join(parent_link(role, p, views) for role, p in view.parents.items()),
         **{escape(s.metric): score_line(s) for s in view.scores},
         "speed": escape(throughput(view)),
-        "machine": escape(machine(view.attempts[-1])) if view.attempts else "",
         "artifact": f"<code>{escape(view.digest[:12])}</code>" if view.digest else "",
         "not finite": escape(nonfinite(view)),
+        "machine": f"<small>{escape(machine(view.attempts[-1]))}</small>" if view.attempts else "",
     }
-    rows = "".join(f"<div><dt>{term}</dt><dd>{text}</dd></div>" for term, text in terms.items() if text)
+    rows = "".join(
+        f"<div{' class=row' if term == 'machine' else ''}><dt>{term}</dt><dd>{text}</dd></div>"
+        for term, text in terms.items()
+        if text
+    )
     return f"<dl>{rows}</dl>" if rows else ""
 
 
@@ -499,7 +525,8 @@ def samples(path: Path, caption: str) -> str:
     if not rows:
         return ""
     columns = list(dict.fromkeys(k for r in rows for k in r))
-    numbers = {c for c in columns if all(isinstance(r.get(c), (int, float, type(None))) for r in rows)}
+    number = lambda v: v is None or (isinstance(v, (int, float)) and not isinstance(v, bool))  # noqa: E731
+    numbers = {c for c in columns if all(number(r.get(c)) for r in rows)}
     table = lambda some: samples_table(columns, numbers, some)  # noqa: E731
     rest = details(f"{len(rows) - MOST_ROWS} more rows", table(rows[MOST_ROWS:])) if len(rows) > MOST_ROWS else ""
     return f"<figure class=samples><figcaption>{escape(caption)}</figcaption>{table(rows[:MOST_ROWS])}{rest}</figure>"
@@ -507,9 +534,8 @@ def samples(path: Path, caption: str) -> str:
 
 def samples_table(columns: Sequence[str], numbers: set[str], rows: Iterable[Mapping[str, Any]]) -> str:
     header = "".join(f"<th{numeric(c in numbers)}>{escape(c)}</th>" for c in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td{numeric(c in numbers)}>{cell(r.get(c))}</td>" for c in columns) + "</tr>" for r in rows
-    )
+    one = lambda c, v: f'<td{numeric(c in numbers)} data-label="{escape(c)}">{cell(v)}</td>'  # noqa: E731
+    body = "".join("<tr>" + "".join(one(c, r.get(c)) for c in columns) + "</tr>" for r in rows)
     return f"<div class=scroll><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
@@ -602,12 +628,12 @@ th:last-child,td:last-child{padding-right:0}
 .summary .draw svg{display:block;width:140px;height:24px}
 .summary .digest{color:var(--soft)}
 .arrow{color:var(--faint)}
-.short{display:inline-block;font-size:12px;line-height:1.35;border:1px solid currentColor;border-radius:4px;
-padding:1px 6px;margin-top:3px}
-.summary .short{display:table}
-.legend{display:flex;flex-wrap:wrap;align-items:center;gap:4px 8px;font-size:12px;color:var(--faint);margin:14px 0 0}
-.legend span{display:inline-block;margin-left:14px}
-.legend span:first-child{margin-left:0}
+.short{display:inline-block;font-size:12px;line-height:1.4;color:var(--ink);
+border:1px solid var(--soft);border-radius:5px;
+padding:1px 7px;margin-top:4px}
+.summary .short{display:block;width:fit-content}
+.legend{display:flex;flex-wrap:wrap;gap:4px 22px;font-size:12px;color:var(--faint);margin:14px 0 0}
+.legend i{display:inline-block;margin-right:7px;vertical-align:middle}
 .key-dot{width:18px;height:8px;background:radial-gradient(circle,var(--accent) 3.6px,transparent 4px),
 linear-gradient(var(--accent),var(--accent)) center/18px 2px no-repeat}
 .key-ring{width:8px;height:8px;border:1.5px solid var(--soft);border-radius:50%}
@@ -635,9 +661,10 @@ svg text{font-family:var(--sans);fill:var(--ink)}
 .node .name{font-size:13px;font-weight:600}
 .node .below{font-size:10.5px;fill:var(--soft)}
 a:hover .node rect,a:focus .node rect{stroke:var(--accent)}
-dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:14px 32px;margin:22px 0 0}
+dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(230px,1fr));gap:14px 32px;margin:22px 0 0}
 dt{font-size:12px;color:var(--faint)}
 dd{margin:1px 0 0}
+dl .row{grid-column:1/-1}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(290px,1fr));gap:26px 30px;margin-top:30px}
 figure{margin:0}
 .chart figcaption{display:flex;justify-content:space-between;gap:12px;font-size:13px;margin-bottom:4px;
@@ -681,6 +708,10 @@ font-size:11px;color:var(--faint)}
 .summary .span{grid-column:span 2}
 .summary .draw{grid-column:1/-1;padding:0;width:auto;order:1}
 .summary .draw svg{width:200px;height:34px;margin-left:-6px}
+.samples thead{display:none}
+.samples tr{display:block;padding:10px 0;border-top:1px solid var(--rule)}
+.samples td,.samples td.num{display:flex;gap:12px;border:0;padding:2px 0;text-align:left;white-space:pre-wrap}
+.samples td::before{content:attr(data-label);flex:0 0 6em;color:var(--faint);font-size:12px;overflow-wrap:anywhere}
 .charts{grid-template-columns:1fr}
 }
 @media print{

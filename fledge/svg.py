@@ -6,9 +6,10 @@ Classes: `line pale band rule tick frame dot start base mark zero` in plots, `no
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from typing import Any
 
 MOST_POINTS = 400  # of one line: more cannot be seen, and a page must stay small
 
@@ -67,11 +68,10 @@ def thin(points: Sequence[Point], most: int = MOST_POINTS) -> tuple[list[Point],
 
 
 def smooth(points: Sequence[Point], window: int) -> list[Point]:
-    """Centred moving mean; the window shrinks at the ends, so nothing is shifted."""
+    """Centred moving mean; at the ends over the half of the window that there is."""
     half, out = window // 2, []
     for i, (x, y) in enumerate(points):
-        reach = min(half, i, len(points) - 1 - i)
-        known = [v for _, v in points[i - reach : i + reach + 1] if v is not None]
+        known = [v for _, v in points[max(0, i - half) : i + half + 1] if v is not None]
         out.append((x, sum(known) / len(known) if known and y is not None else None))
     return out
 
@@ -208,10 +208,11 @@ def _svg(width: float, height: float, body: str, label: str, css: str = "") -> s
 
 @dataclass
 class Node:
-    """A box of a graph: a name, a line below it, where a click leads; a source is drawn as a pill."""
+    """A box of a graph: a name, a line below (`brief` in a narrow box), where a click leads; a source is a pill."""
 
     name: str
     below: str = ""
+    brief: str = ""
     href: str = ""
     source: bool = False
     plain: bool = False
@@ -222,9 +223,9 @@ def graph(nodes: Mapping[str, Node], edges: Sequence[tuple[str, str]], *, down: 
     """A graph without cycles, drawn left to right, or `down` the page for narrow screens."""
     edges = [(a, b) for a, b in dict.fromkeys(edges) if a in nodes and b in nodes and a != b]
     layers, chains = _layers(nodes, edges)
-    rank = {n: i for i, layer in enumerate(layers) for n in layer}
-    links = [(a, b) for chain in chains for a, b in zip(chain, chain[1:], strict=False)]
+    links = _links(chains)
     _untangle(layers, links)
+    rank = {n: i for i, layer in enumerate(layers) for n in layer}
     widest = max(sum(1.0 if n in nodes else 0.4 for n in layer) for layer in layers)
     if down:
         deep, wide, gap, pitch = 46.0, min(112.0, 360 / widest - 8), 34.0, min(120.0, 360 / widest)
@@ -237,14 +238,26 @@ def graph(nodes: Mapping[str, Node], edges: Sequence[tuple[str, str]], *, down: 
     turn = (lambda p: (p[1], p[0])) if down else (lambda p: p)
     body = [_edge([place[n] for n in chain], deep, turn) for chain in chains]
     size = turn((deep, wide))
-    body += [_box(nodes[n], turn(place[n]), size) for n in nodes]
+    body += [_box(nodes[n], turn(place[n]), size, narrow=down) for n in nodes]
     width, height = turn((length, across))
     style = f' style="max-width:{width * (1.0 if not down else 1.15):g}px"'
     label = "Lineage: " + ", ".join(f"{nodes[a].name} to {nodes[b].name}" for a, b in edges)
     return _svg(width, height, "".join(body), label, "graph").replace("<svg", f"<svg{style}", 1)
 
 
-def _layers(nodes: Mapping[str, Node], edges: Sequence[tuple[str, str]]) -> tuple[list[list[str]], list[list[str]]]:
+def arranged(names: Iterable[str], edges: Sequence[tuple[str, str]]) -> tuple[list[list[str]], list[tuple[str, str]]]:
+    """Layers in the order in which they are drawn, and the links between neighbouring layers."""
+    layers, chains = _layers(dict.fromkeys(names), edges)
+    links = _links(chains)
+    _untangle(layers, links)
+    return layers, links
+
+
+def _links(chains: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
+    return [(a, b) for chain in chains for a, b in zip(chain, chain[1:], strict=False)]
+
+
+def _layers(nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]]) -> tuple[list[list[str]], list[list[str]]]:
     """Nodes by longest way from a source. An edge over several layers gets a waypoint in each: chains of names."""
     depth = dict.fromkeys(nodes, 0)
     for _ in nodes:  # as many rounds as the longest way may have edges; a cycle would end here too
@@ -262,17 +275,44 @@ def _layers(nodes: Mapping[str, Node], edges: Sequence[tuple[str, str]]) -> tupl
     return layers, chains
 
 
+def crossings(layers: Sequence[Sequence[str]], links: Sequence[tuple[str, str]]) -> int:
+    """How many pairs of links cross between neighbouring layers."""
+    at = {n: (i, k) for i, layer in enumerate(layers) for k, n in enumerate(layer)}
+    ends = [(*at[a], at[b][1]) for a, b in links]  # (layer, place there, place in the next one)
+    pairs = ((e, f) for i, e in enumerate(ends) for f in ends[:i] if e[0] == f[0])
+    return sum((e[1] - f[1]) * (e[2] - f[2]) < 0 for e, f in pairs)
+
+
 def _untangle(layers: list[list[str]], links: Sequence[tuple[str, str]]) -> None:
-    """Order every layer by the mean place of its neighbours, to and fro: few crossings, at no cost."""
-    for sweep in range(12):
-        forward = sweep % 2 == 0
-        for i in range(1, len(layers)) if forward else range(len(layers) - 2, -1, -1):
-            other = {n: k / max(1, len(layers[i + (-1 if forward else 1)]) - 1)
-                     for k, n in enumerate(layers[i + (-1 if forward else 1)])}  # fmt: skip
-            near = {n: [other[a if forward else b] for a, b in links if (b if forward else a) == n
-                        and (a if forward else b) in other] for n in layers[i]}  # fmt: skip
-            here = {n: k / max(1, len(layers[i]) - 1) for k, n in enumerate(layers[i])}
-            layers[i].sort(key=lambda n: sum(near[n]) / len(near[n]) if near[n] else here[n])  # noqa: B023
+    """Order every layer for few crossings: by the mean place of the neighbours, then by swaps while they help."""
+    near: dict[str, list[str]] = {n: [] for layer in layers for n in layer}
+    for a, b in links:
+        near[a].append(b)
+        near[b].append(a)
+    best, least = [layer[:] for layer in layers], crossings(layers, links)
+    for sweep in range(8):
+        for layer in layers if sweep % 2 == 0 else layers[::-1]:
+            at = {n: k / max(1, len(one) - 1) for one in layers for k, n in enumerate(one)}
+            mean = {n: sum(at[m] for m in near[n]) / len(near[n]) if near[n] else at[n] for n in layer}
+            layer.sort(key=mean.__getitem__)
+        _swap(layers, links)
+        if (found := crossings(layers, links)) < least:
+            best, least = [layer[:] for layer in layers], found
+    layers[:] = best
+
+
+def _swap(layers: list[list[str]], links: Sequence[tuple[str, str]]) -> None:
+    """Exchange neighbours in a layer for as long as that takes crossings away."""
+    now, better = crossings(layers, links), True
+    while better and now:
+        better = False
+        for layer in layers:
+            for k in range(len(layer) - 1):
+                layer[k], layer[k + 1] = layer[k + 1], layer[k]
+                if (then := crossings(layers, links)) < now:
+                    now, better = then, True
+                else:
+                    layer[k], layer[k + 1] = layer[k + 1], layer[k]
 
 
 def _positions(
@@ -313,18 +353,19 @@ def _edge(points: list[tuple[float, float]], deep: float, turn) -> str:
     return f'<path class="edge" d="{pen}"/>'
 
 
-def _box(node: Node, centre: tuple[float, float], size: tuple[float, float]) -> str:
+def _box(node: Node, centre: tuple[float, float], size: tuple[float, float], narrow: bool) -> str:
     (x, y), (width, height) = centre, size
-    room = width - 14
+    room, letter = (width - 6, 6.3) if narrow else (width - 14, 7.2)
     css = "node source" if node.source else "node plain" if node.plain else "node"
     height = min(height, 30) if node.source else height
     radius = height / 2 if node.source else 8
     box = f'<rect x="{x - width / 2:g}" y="{y - height / 2:g}" width="{width:g}" height="{height:g}" rx="{radius:g}"/>'
-    lift = -3 if node.below else 4
-    name = escape(_fit(node.name, room, 7.2))
+    below = (node.brief or node.below) if narrow else node.below
+    lift = -3 if below else 4
+    name = escape(_fit(node.name, room, letter))
     text = f'<text class="name" x="{x:g}" y="{y + lift:g}" text-anchor="middle">{name}</text>'
-    if node.below:
-        below = escape(_fit(node.below, room, 5.7))
+    if below:
+        below = escape(_fit(below, room, letter * 0.8))
         text += f'<text class="below" x="{x:g}" y="{y + 13:g}" text-anchor="middle">{below}</text>'
     whole = f"<title>{escape(f'{node.name}: {node.below}' if node.below else node.name)}</title>"
     inside = f'<g class="{css}">{whole}{box}{text}</g>'

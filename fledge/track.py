@@ -159,7 +159,7 @@ def _device() -> str:
         return "cpu"
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    return "mps" if torch.backends.mps.is_available() else f"cpu, {torch.get_num_threads()} threads"
+    return "mps" if torch.backends.mps.is_available() else f"cpu ({torch.get_num_threads()} threads)"
 
 
 def _git() -> dict[str, Any] | None:
@@ -316,7 +316,7 @@ class Wandb:
             if self.run is not None:
                 return
 
-    def _init(self, mode: str, config: dict[str, Any]) -> Any:
+    def _init(self, mode: Any, config: dict[str, Any]) -> Any:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 

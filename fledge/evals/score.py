@@ -17,7 +17,9 @@ class Score:
     """`after` is the figure; `low`, `high` its 95 % bootstrap interval over `n` resampled units.
 
     `before` is the same measure without this stage's training (the parent, the untrained network); `baseline` is what
-    knows nothing of networks (raw pixels, the most frequent token, a trigram). Either may be missing.
+    knows nothing of networks (raw pixels, the most frequent token, a trigram). Either may be missing. Where both were
+    measured on the same examples, `gain` and `lead` are the paired 95 % intervals of after - before and of after -
+    baseline (`paired`); they decide more sharply than `low` and `high` can.
     """
 
     metric: str
@@ -31,21 +33,24 @@ class Score:
     higher_is_better: bool = True
     unit: str = "examples"
     note: str = ""
+    gain: tuple[float, float] | None = None
+    lead: tuple[float, float] | None = None
 
-    def better_than(self, other: float | None) -> bool | None:
-        """Does the whole interval lie on the good side of `other`? None where there is nothing to compare with."""
-        if other is None or math.isnan(self.after) or math.isnan(other):
-            return None if other is None else False
-        return self.low > other if self.higher_is_better else self.high < other
+    def beyond_chance(self, other: float, difference: tuple[float, float] | None = None) -> bool:
+        """Is the figure better than `other` by more than its interval, or than the paired one where that is known?"""
+        low, high = difference or (self.low - other, self.high - other)
+        return low > 0 if self.higher_is_better else high < 0
 
     def shortfall(self) -> str:
         """What this figure does not beat, in words; empty where it beats all that stands beside it."""
-        rivals = {"the start": self.before, self.baseline_name or "the baseline": self.baseline}
-        worse = lambda rival: not (self.after > rival if self.higher_is_better else self.after < rival)  # noqa: E731
-        lost = [name for name, rival in rivals.items() if rival is not None and worse(rival)]
+        named = f"its baseline ({self.baseline_name})" if self.baseline_name else "its baseline"
+        rivals = [("its start", self.before, self.gain), (named, self.baseline, self.lead)]
+        there = [(name, value, interval) for name, value, interval in rivals if value is not None]
+        sign = 1 if self.higher_is_better else -1
+        lost = [name for name, value, _ in there if not sign * self.after > sign * value]
         if lost:
             return f"does not beat {' or '.join(lost)}"
-        unsure = [name for name, rival in rivals.items() if self.better_than(rival) is False]
+        unsure = [name for name, value, interval in there if not self.beyond_chance(value, interval)]
         return f"within chance of {' and '.join(unsure)}" if unsure else ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,6 +64,8 @@ class Score:
         values = {k: v for k, v in data.items() if k in known}
         for name in ("after", "low", "high"):
             values[name] = math.nan if values.get(name) is None else float(values[name])
+        for name in ("gain", "lead"):  # JSON has lists only
+            values[name] = tuple(values[name]) if values.get(name) else None
         return cls(**values)
 
 

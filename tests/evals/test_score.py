@@ -84,10 +84,23 @@ def test_a_score_survives_json():
 def test_honesty():
     up = {"after": 0.5, "n": 9, "low": 0.4, "high": 0.6}
     assert Score("m", **up, before=0.1, baseline=0.2).shortfall() == ""
-    assert Score("m", **up, before=0.7, baseline=0.2).shortfall() == "does not beat the start"
-    assert Score("m", **up, before=0.1, baseline=0.45, baseline_name="pixels").shortfall() == "within chance of pixels"
-    assert Score("m", **up, before=0.5).shortfall() == "does not beat the start"
-    assert Score("m", **up, baseline=0.55, higher_is_better=False).shortfall() == "within chance of the baseline"
+    assert Score("m", **up, before=0.7, baseline=0.2).shortfall() == "does not beat its start"
+    assert (
+        Score("m", **up, before=0.1, baseline=0.45, baseline_name="pixels").shortfall()
+        == "within chance of its baseline (pixels)"
+    )
+    assert Score("m", **up, before=0.5).shortfall() == "does not beat its start"
+    assert Score("m", **up, baseline=0.55, higher_is_better=False).shortfall() == "within chance of its baseline"
     assert Score("m", **up, baseline=0.7, higher_is_better=False).shortfall() == ""
-    assert Score("m", math.nan, 0, math.nan, math.nan, before=0.1).shortfall() == "does not beat the start"
-    assert Score("m", **up).shortfall() == "" and Score("m", **up).better_than(None) is None
+    assert Score("m", math.nan, 0, math.nan, math.nan, before=0.1).shortfall() == "does not beat its start"
+    assert Score("m", **up).shortfall() == ""
+
+
+def test_pairs_decide_where_they_are_known():
+    """The figure's own interval holds the start, but every pair rose."""
+    up = Score("m", 0.5, 9, 0.4, 0.6, before=0.45, gain=(0.02, 0.08))
+    assert up.shortfall() == "" and Score.from_dict(json.loads(json.dumps(up.to_dict()))) == up
+    unsure = Score("m", 0.5, 9, 0.4, 0.6, before=0.45, gain=(-0.02, 0.12), baseline=0.1, lead=(0.3, 0.5))
+    assert unsure.shortfall() == "within chance of its start"
+    down = Score("m", 2.0, 9, 1.5, 2.5, baseline=2.2, lead=(-0.3, -0.1), higher_is_better=False)
+    assert down.shortfall() == ""

@@ -175,7 +175,8 @@ def test_clock(seconds, text):
 def test_a_sentence_says_what_is_not_beaten():
     score = Score("accuracy", 0.5, 200, 0.4, 0.6, before=0.2, baseline=0.55, baseline_name="raw pixels")
     assert track.sentence(score) == (
-        "accuracy 0.5 [0.4, 0.6] over 200 examples, before 0.2, raw pixels 0.55, DOES NOT BEAT RAW PIXELS"
+        "accuracy 0.5 [0.4, 0.6] over 200 examples, before 0.2, raw pixels 0.55, "
+        "DOES NOT BEAT ITS BASELINE (RAW PIXELS)"
     )
 
 
