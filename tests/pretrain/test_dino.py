@@ -213,16 +213,37 @@ def test_monitors(truth):
     torch.testing.assert_close(mean["teacher_mean"], truth["t"]["teacher_out"].mean(dim=0), **TOL)
 
 
-@pytest.mark.parametrize("pieces", [1, 2])
-def test_twelve_steps_through_the_loop(truth, pieces):
-    """The library's own update: clipping, frozen group, rates, center and teacher; whole batches and micro-batches."""
-    from fledge.optim import Optim
-    from fledge.train import update
-    from pretrain.dino import param_groups
+def fixture_config():
+    """The authors' set-up as a config of ours."""
+    from fledge.config import load
+    from pretrain.dino import Config
 
-    objective = build(truth)
-    groups = param_groups(objective.student, freeze_last_layer=PER_EPOCH)
-    optim = Optim(torch.optim.AdamW(groups), lr=lr, weight_decay=weight_decay, clip=0.3, clip_mode="tensor")
+    plain = {
+        "stage": "pretrain.dino",
+        "data": {"path": "nowhere"},
+        "augment": {"global_size": 32, "local_size": 16, "local_crops": 4},
+        "model": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4},
+        "head": {"out_dim": 64, "hidden_dim": 48, "bottleneck_dim": 16},
+        "drop_path_rate": 0.0,
+        "warmup_teacher_temp_epochs": 2,
+        "momentum_teacher": 0.9,
+        "optim": {"lr": 2e-3, "lr_batch": None, "warmup": "1 epoch", "clip": 0.3},
+        "train": {"batch": 2, "steps": "4 epochs"},
+    }
+    return load(Config, plain)
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_twelve_steps_as_the_stage_takes_them(truth, pieces):
+    """Objective and optimiser as `main` builds them, through the loop's update, whole batches and micro-batches."""
+    from fledge.train import update
+    from pretrain import dino
+
+    config = fixture_config()
+    objective = dino.build(config, None, STEPS, PER_EPOCH).double()
+    for net in (objective.student, objective.teacher):
+        net.load_state_dict(part(truth["t"], "student0/"))
+    optim = dino.build_optim(config, objective.student, STEPS, PER_EPOCH)
     for step in range(STEPS):
         batch = batch_at(truth, step)
         rows = [{k: v[i::pieces] for k, v in batch.items()} for i in range(pieces)]
