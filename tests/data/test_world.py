@@ -3,6 +3,7 @@
 import pickle
 import unicodedata
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -299,3 +300,9 @@ def test_digest_is_stable_and_names_what_it_is_made_of():
     about = world.digest("glyphs")
     assert set(about["fonts"]) == {font.file for font in world.FONTS} and about["unicode"] == "14.0.0"
     assert sum(about["pictures"].values()) == len(world.glyphs())
+
+
+def test_the_page_states_the_numbers_of_the_code():
+    page = (Path(__file__).parents[2] / "docs" / "world.md").read_text(encoding="utf-8")
+    lines = [line for line in counts().splitlines() if "prose" not in line]  # prose is this Python's own
+    assert len(lines) > 10 and [line for line in lines if line not in page] == []

@@ -142,9 +142,7 @@ class Character:
         """small, capital or none for letters whose name tells, None for everything else."""
         words = self.name.split()
         if self.category == "caseless letter":
-            cased = {"small", "capital"} & set(
-                words
-            ) or self.char.islower()  # the ordinal indicator counts as lowercase
+            cased = {"small", "capital"} & set(words) or self.char.islower()  # the ordinal indicators do
             return None if cased else "none"
         case = {"lowercase letter": "small", "uppercase letter": "capital"}.get(self.category)
         return case if case and {"small", "capital"} & set(words) == {case} else None
