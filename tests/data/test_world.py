@@ -10,6 +10,7 @@ import pytest
 
 from fledge.data import world
 from fledge.data.world import drawing, text
+from fledge.data.world.__main__ import counts
 from fledge.data.world.database import codepoints
 from fledge.errors import InputError
 
