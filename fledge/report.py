@@ -719,7 +719,8 @@ font-size:11px;color:var(--faint)}
 body{font-size:10.5pt}main{max-width:none;padding:0}nav,details{display:none}
 figure,tr,dl,.across{break-inside:avoid}h2{break-after:avoid}
 .charts{grid-template-columns:repeat(3,1fr);gap:14px}.summary{font-size:8.5pt}.summary td,.summary th{padding-right:8px}
-.summary .draw,.summary .draw svg{width:90px}
+.summary td.draw,.summary th:nth-child(7){display:none}.wide,.scroll,.across{overflow:visible}.legend{display:none}
+.summary .metric{min-width:0}.summary code{font-size:7pt}
 a{color:inherit}
 }
 @media (prefers-reduced-motion:reduce){html{scroll-behavior:auto}}

@@ -230,7 +230,7 @@ def graph(nodes: Mapping[str, Node], edges: Sequence[tuple[str, str]], *, down: 
     if down:
         deep, wide, gap, pitch = 46.0, min(112.0, 360 / widest - 8), 34.0, min(120.0, 360 / widest)
     else:
-        deep, wide, gap, pitch = 140.0, 50.0, 56.0, 64.0
+        deep, wide, gap, pitch = 152.0, 50.0, 58.0, 64.0
     cross = _positions(layers, links, {n: 1.0 if n in nodes else 0.4 for n in rank})
     place = {n: (rank[n] * (deep + gap) + deep / 2 + 1, cross[n] * pitch + wide / 2 + 1) for n in rank}
     length = len(layers) * (deep + gap) - gap + 2
@@ -365,7 +365,7 @@ def _box(node: Node, centre: tuple[float, float], size: tuple[float, float], nar
     name = escape(_fit(node.name, room, letter))
     text = f'<text class="name" x="{x:g}" y="{y + lift:g}" text-anchor="middle">{name}</text>'
     if below:
-        below = escape(_fit(below, room, letter * 0.8))
+        below = escape(_fit(below, room, letter * 0.78))
         text += f'<text class="below" x="{x:g}" y="{y + 13:g}" text-anchor="middle">{below}</text>'
     whole = f"<title>{escape(f'{node.name}: {node.below}' if node.below else node.name)}</title>"
     inside = f'<g class="{css}">{whole}{box}{text}</g>'
