@@ -1,6 +1,6 @@
 """Typed configs: YAML plus dotted overrides, strict, with every error at once. Knows no stage and imports no torch.
 
-    text --compose--> nodes with line marks --> Tree (plain data + the place of every key) --overrides--> Tree --pydantic--> Config
+    text --compose--> nodes with line marks --> Tree: plain data and the place of every key --pydantic--> Config
 
 Three kinds of field, told apart by a mark (the default is science):
     science        changes the result; another value is another run
@@ -131,7 +131,7 @@ class StageConfig(Config):
 
     stage: str
     """The module of the stage, such as pretrain.mae."""
-    name: str = bookkeeping("", pattern=r"^[A-Za-z0-9._-]*$")
+    name: str = bookkeeping("", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")
     """Name of the run; by default the last part of the stage."""
     out: str = hardware("runs")
     """Folder of runs; this run is written to OUT/NAME."""
@@ -168,10 +168,11 @@ _NULL = re.compile(r"~|null|Null|NULL|")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 
 Key = tuple[str | int, ...]
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it becomes a folder
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes only (nothing is constructed); plain scalars resolve as in YAML 1.2: `off` is text, `1e-3` a number."""
+    """Composes nodes only, constructs nothing. Scalars are read as in YAML 1.2: `off` is text, `1e-3` a number."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # every plain scalar stays text here; `_scalar` reads it
 
@@ -355,20 +356,21 @@ def _scalar(node: yaml.ScalarNode) -> Any:
     return text
 
 
-def override(tree: Tree, text: str, prefix: Key = ()) -> None:
-    """Apply `section.key=value` to a tree; the value is YAML."""
+def override(tree: Tree, text: str, place: str = "") -> None:
+    """Apply `section.key=value` to a tree; the value is YAML. `place` names it in messages."""
     name, equals, value = text.partition("=")
     parts = name.strip().split(".")
     if not equals or not all(parts):
         raise InputError(f"override {text!r}: expected section.key=value, for example optim.lr=1e-3")
-    place = f"override {text}" if len(text) <= 80 else f"override {text[:77]}..."
+    place = place or f"override {text}"
+    place = place if len(place) <= 90 else place[:87] + "..."
     if len(text) > MAX_BYTES:
         raise InputError(f"{place}: larger than {MAX_BYTES:,} bytes")
     try:
         parsed = parse(value, place).data
     except InputError as error:
         raise InputError(f"{place}: the value is not valid YAML ({str(error).partition(': ')[2] or error})") from None
-    key: Key = (*prefix, *parts)
+    key: Key = tuple(parts)
     if isinstance(parsed, dict):
         tree.put(key, None, place)  # `data={source: folder, path: x}` replaces the whole section
     tree.put(key, parsed, place)
@@ -472,10 +474,10 @@ def _what(item: Any, key: Key, section: Any, cls: type[BaseModel]) -> tuple[str,
         if kind == "union_tag_not_found":
             return f"the key {name!r} is missing", f"{name}: one of " + ", ".join(tags)
         tag = str(context["tag"])
-        return f"{name}: {tag!r} is not known", "one of " + ", ".join(tags) + _nearest(tag, tags)
+        return f"{name}: {tag!r} is not known", "one of " + ", ".join(tags) + nearest(tag, tags)
     if kind == "literal_error" or kind == "enum":
         options = re.findall(r"'([^']*)'", str(context["expected"]))
-        return f"found {found(value)}", f"one of {context['expected']}" + _nearest(value, options)
+        return f"found {found(value)}", f"one of {context['expected']}" + nearest(value, options)
     if kind == "value_error":
         return str(context["error"]), ""
     if kind in _EXPECTED:
@@ -502,7 +504,8 @@ def found(value: Any) -> str:
     return f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({name})"
 
 
-def _nearest(word: Any, options: Sequence[str]) -> str:
+def nearest(word: Any, options: Sequence[str]) -> str:
+    """A hint at the option that was probably meant; empty if none is near."""
     near = difflib.get_close_matches(str(word), options, 1, 0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -675,5 +678,5 @@ def data_sections(config: BaseModel, prefix: Key = ()) -> dict[str, DataConfig]:
 
 
 def json_schema(cls: type[BaseModel]) -> dict[str, Any]:
-    """The JSON schema of a stage's YAML, for editors: `json.dump(json_schema(Config), open("mae.schema.json", "w"))`."""
+    """The JSON schema of a stage's YAML, with which editors complete and check it."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | cls.model_json_schema()

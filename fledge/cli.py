@@ -1,0 +1,183 @@
+"""The command line. Everything heavy is imported where it is used, so that help and config errors answer at once.
+
+Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fledge import __version__
+from fledge.errors import InputError, RunError
+
+KINDS = "vision-encoder, text-encoder, causal-lm, image-classifier, dual-encoder, chat-model, reward-model"
+OVERRIDES = "name.section.key=value (of one stage's file: section.key=value); the value is YAML"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands of `fledge`."""
+    top = argparse.ArgumentParser(
+        "fledge", description="Raise models from raw pixels and raw text to an aligned model."
+    )
+    top.add_argument("--version", action="version", version=f"fledge {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    run = commands.add_parser("run", help="run a recipe or one stage; what is finished is reused")
+    _add_file(run)
+    run.add_argument("--only", metavar="STAGE", help="run just this stage of a recipe")
+    run.add_argument("--fresh", action="store_true", help="run anew; earlier runs are moved aside, never deleted")
+    run.set_defaults(work=_run)
+
+    plan = commands.add_parser("plan", help="say for each stage whether it would run, resume or be reused, and why")
+    _add_file(plan)
+    plan.set_defaults(work=_plan)
+
+    show = commands.add_parser("show", help="verify an artifact and say what it is and where it came from")
+    show.add_argument("dir", metavar="DIR", help="an artifact's folder, or its run's")
+    show.set_defaults(work=_show)
+
+    bring = commands.add_parser("import", help="make a timm or transformers folder an artifact")
+    bring.add_argument("kind", metavar="KIND", help=KINDS)
+    bring.add_argument("source", metavar="SOURCE", help="the folder, or owner/name on the Hugging Face hub")
+    bring.add_argument("dir", metavar="DIR", help="the artifact to write")
+    bring.set_defaults(work=_import)
+
+    generate = commands.add_parser("generate", help="text from a language artifact")
+    generate.add_argument("dir", metavar="DIR", help="an artifact's folder, or its run's")
+    generate.add_argument("prompt", help="what to continue or answer; for a text encoder, text with [MASK] in it")
+    generate.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.8, metavar="T")
+    generate.add_argument("--top-k", type=_positive, metavar="K", help="sample among the K most probable tokens only")
+    generate.add_argument("--greedy", action="store_true", help="always take the most probable token")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.set_defaults(work=_generate)
+    return top
+
+
+def _add_file(command: argparse.ArgumentParser) -> None:
+    command.add_argument("file", metavar="FILE", help="a recipe or a stage's YAML, or a shipped recipe's name (demo)")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    command.add_argument("--out", metavar="DIR", help="folder of runs; default runs/RECIPE, of one stage runs")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def _run(args: argparse.Namespace) -> None:
+    from fledge import recipe
+
+    recipe.run(args.file, args.overrides, args.out, args.only, args.fresh)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from fledge import recipe
+
+    print(recipe.plan(args.file, args.overrides, args.out))
+
+
+def _show(args: argparse.Namespace) -> None:
+    from fledge import artifact
+
+    print(artifact.describe(artifact.open(artifact_folder(args.dir))))
+
+
+def _import(args: argparse.Namespace) -> None:
+    from fledge.importer import bring_in
+
+    made = bring_in(args.kind, args.source, args.dir)
+    print(f"{made.path}: {made.kind} {made.digest[:12]} from {args.source}")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from fledge.generate import generate
+
+    print(
+        generate(
+            artifact_folder(args.dir),
+            args.prompt,
+            max_new_tokens=args.max_new_tokens,
+            temperature=0.0 if args.greedy else args.temperature,
+            top_k=args.top_k,
+            seed=args.seed,
+        )
+    )
+
+
+def artifact_folder(folder: str) -> str:
+    """Of a run's folder, its artifact."""
+    inside = os.path.join(folder, "artifact")
+    return inside if os.path.isfile(os.path.join(inside, "manifest.json")) else folder
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command `fledge`."""
+    args = _parse(parser(), argv)
+    return guarded(lambda: args.work(args), resumable=args.command == "run")
+
+
+def _parse(top: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand before and after options."""
+    args, rest = top.parse_known_args(argv)
+    stray = [text for text in rest if text.startswith("-") or not hasattr(args, "overrides")]
+    if stray:
+        top.error(f"unrecognized arguments: {' '.join(stray)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def stage_main(config: type, main: Callable[[Any], Any], argv: Sequence[str] | None = None) -> int:
+    """`python -m pretrain.mae FILE.yaml section.key=value … [--out DIR] [--fresh]`."""
+    stage = str(config.model_fields["stage"].get_default())  # type: ignore[attr-defined]
+    top = argparse.ArgumentParser(f"python -m {stage}", description=(config.__doc__ or "").partition("\n")[0])
+    top.add_argument("file", metavar="FILE", help="the stage's YAML")
+    top.add_argument("overrides", nargs="*", metavar="section.key=value", help="the value is YAML")
+    top.add_argument("--out", metavar="DIR", help="folder of runs")
+    top.add_argument("--fresh", action="store_true", help="run anew; the earlier run is moved aside, never deleted")
+    args = _parse(top, argv)
+
+    def work() -> None:
+        from fledge import recipe
+
+        recipe.run(args.file, args.overrides, args.out, fresh=args.fresh, module=sys.modules[main.__module__])
+
+    return guarded(work, resumable=True)
+
+
+def guarded(work: Callable[[], None], resumable: bool) -> int:
+    """Run `work`; an exit code, and for what the user or the run did wrong a message without a traceback."""
+    try:
+        work()
+        sys.stdout.flush()
+    except InputError as error:
+        return _complain(str(error), 2)
+    except RunError as error:
+        return _complain(str(error), 1)
+    except KeyboardInterrupt:
+        _complain("interrupted" + ("; the same command goes on where it was" if resumable else ""), 130)
+        return 130
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def _complain(message: str, code: int) -> int:
+    rank = os.environ.get("RANK", "0") if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1 else "0"
+    group = sys.modules.get("torch.distributed")
+    joined = group is not None and group.is_available() and group.is_initialized()
+    if rank == "0":
+        print(f"fledge: {message}", file=sys.stderr, flush=True)
+    elif joined:  # before that, every process finds the same fault, and rank 0 says it
+        print(f"fledge (rank {rank}): {message}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
