@@ -204,14 +204,13 @@ class WorldImages(Images):
     scripts, or all characters, of the world."""
 
     def __init__(self, split: str, fonts: str, label: str, mode: str):
-        from fledge.data.world.characters import characters
-        from fledge.data.world.glyphs import glyphs
+        from fledge.data import world
 
-        self.glyphs = glyphs(None if split == "all" else split, fonts)
+        self.glyphs = world.glyphs(None if split == "all" else split, fonts)
         self.mode = mode
         self.fingerprint = world_fingerprint()
         if label != "none":
-            everyone = characters()
+            everyone = world.characters()
             of = [one.script if label == "script" else one.name for one in everyone]
             self.classes = tuple(sorted(set(of)))
             number = {name: i for i, name in enumerate(self.classes)}
