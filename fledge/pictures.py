@@ -1,7 +1,7 @@
 """Tensors as pictures for people."""
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 
@@ -20,3 +20,24 @@ def picture_grid(rows: Tensor, columns: int = 4, scale: int | None = None) -> Im
         sheet[:, top : top + H, left : left + k * W] = torch.cat(list(group), dim=2)
     picture = Image.fromarray(sheet.permute(1, 2, 0).contiguous().numpy())
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def captioned_rows(captions: list[str], rows: Tensor, framed: Tensor) -> Image.Image:
+    """n captions and (n, k, C, H, W) uint8 -> one picture: a caption a line, its k pictures below, framed (n, k) ones green."""
+    n, k, C, H, W = rows.shape
+    scale = max(1, 64 // H)
+    height, width, gap, line = H * scale, W * scale, 6, 22
+    sheet = Image.new("RGB", (max(k * (width + gap) + gap, 480), n * (height + line + 2 * gap)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for i, caption in enumerate(captions):
+        top = i * (height + line + 2 * gap)
+        printable = caption.encode("ascii", "backslashreplace").decode()  # the font that ships with Pillow knows no more
+        pen.text((gap, top + 3), printable if len(printable) < 66 else printable[:65] + "...", fill="black", font=font)
+        for j, pixels in enumerate(rows[i].expand(k, 3, H, W)):
+            left = gap + j * (width + gap)
+            picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+            sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, top + line))
+            if framed[i, j]:
+                box = (left - 3, top + line - 3, left + width + 2, top + line + height + 2)
+                pen.rectangle(box, outline=(0, 150, 60), width=3)
+    return sheet

@@ -1,0 +1,533 @@
+"""Contrastive language-image pretraining (Radford et al. 2021, "Learning Transferable Visual Models From Natural
+Language Supervision").
+
+    python -m align.clip configs/align/clip_vitb32.yaml
+
+n pairs on this rank, B in the global batch, T tokens, D features. Row i of images and row i of texts belong together.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from fledge import artifact, distributed
+from fledge.artifact import Artifact, load_state
+from fledge.config import Config as BaseConfig
+from fledge.config import StageConfig, parent, resolve
+from fledge.data import tokenizer
+from fledge.data.augment import ClipAugmentConfig, EvalConfig, denormalise
+from fledge.data.images import Images, ImagesConfig, WorldImages, eval_batch
+from fledge.data.pairs import Captioned, Pairs, PairsConfig, captioned
+from fledge.data.tokenizer import TokenizerConfig
+from fledge.errors import InputError
+from fledge.evals.retrieval import chance, recall_at, right_ranks
+from fledge.evals.score import Score, bootstrap
+from fledge.evals.vision import clusters
+from fledge.evals.zero_shot import class_embeddings, fill, zero_shot_correct
+from fledge.models import language, vit
+from fledge.models.language import EncoderConfig
+from fledge.models.vit import ViTConfig
+from fledge.optim import OptimConfig, adamw, decay_groups
+from fledge.pictures import captioned_rows
+from fledge.stream import Batch, DataStream, Permutation, derive
+from fledge.track import Run, TrackConfig
+from fledge.train import TrainConfig, fit
+
+WRITES = "dual-encoder"
+LOGIT_SCALE_INIT = math.log(1 / 0.07)
+LOGIT_SCALE_MAX = math.log(100)
+
+
+class Parents(BaseConfig):
+    image: str | None = parent("vision-encoder", required=False)
+    """The image tower; else `image_model` from scratch."""
+    text: str | None = parent("text-encoder", required=False)
+    """The text tower and its tokenizer; else `text_model` and `tokenizer` from scratch."""
+
+
+class Optim(OptimConfig):
+    """Tables 18-20 of the paper, ViT-B/32: 2,000 steps of warm-up, cosine to 0; no decay of gains and biases."""
+
+    lr: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.2
+    warmup: int | str = 2000
+
+
+class Train(TrainConfig):
+    batch: PositiveInt = 32_768
+    steps: int | str = "32 epochs"
+
+
+class ZeroShot(BaseConfig):
+    """Labelled pictures, to be named by prompts about their class. One of `images` and `pairs`."""
+
+    images: ImagesConfig | None = None
+    """The world's glyphs by script, or a folder with one subfolder a class."""
+    pairs: PairsConfig | None = None
+    """JSON lines whose caption_field names the class."""
+    templates: tuple[str, ...] | None = None
+    """Prompts, {} being the class; their embeddings are averaged. null: the world's own, else the bare name."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.images is None) == (self.pairs is None):
+            raise ValueError("give either images (labelled pictures) or pairs (JSON lines with the class as caption)")
+        if self.templates is not None and not (self.templates and all("{}" in one for one in self.templates)):
+            raise ValueError("templates needs at least one, each with {} where the class's name goes")
+        return self
+
+
+class Evaluation(BaseConfig):
+    """Held-out pairs to retrieve, and pictures to classify without training."""
+
+    pairs: PairsConfig
+    """Captions with all their pictures; none of them trained on."""
+    limit: PositiveInt | None = None
+    """The most captions, drawn once by a keyed permutation; null takes all."""
+    zero_shot: ZeroShot | None = None
+
+
+class Config(StageConfig):
+    """Pictures to words. The defaults are ViT-B/32's published recipe, with this house's plain towers.
+
+    Three departures from the paper's architecture: no LayerNorm before the image tower's blocks, GELU instead of
+    QuickGELU, and a bidirectional text tower that is read at its first token instead of a causal one read at its last.
+    """
+
+    stage: Literal["align.clip"] = "align.clip"
+    parents: Parents = Parents()
+    data: PairsConfig
+    augment: ClipAugmentConfig = ClipAugmentConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig(style="encoder", vocab_size=49_408)
+    """Trained on the captions; of no use with parents.text, whose own is taken."""
+    image_model: ViTConfig = ViTConfig(patch_size=32)
+    """Sizes of the image tower; of no use with parents.image, which has its own."""
+    text_model: EncoderConfig = EncoderConfig(
+        embed_dim=512, depth=12, num_heads=8, context_length=77, dropout=0.0, vocab_multiple=8
+    )
+    """Sizes of the text tower; with parents.text, which has its own, only `dropout` counts."""
+    projection_dim: PositiveInt = 512
+    max_length: int = Field(77, ge=3)
+    """Tokens of a caption, its first and last included; a longer one is cut before its last."""
+    optim: Optim = Optim()
+    train: Train = Train()
+    track: TrackConfig = TrackConfig()
+    evaluation: Evaluation | None = None
+    """None: the model is handed over unmeasured."""
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> "Config":
+        if self.parents.image is None:
+            if self.augment.size != self.image_model.img_size:
+                raise ValueError(f"augment.size {self.augment.size} is not image_model.img_size {self.image_model.img_size}")
+            if self.data.channels != self.image_model.in_chans:
+                raise ValueError(f"data.channels {self.data.channels} is not image_model.in_chans {self.image_model.in_chans}")
+        if self.parents.text is None:
+            if self.max_length > self.text_model.context_length:
+                raise ValueError(f"max_length {self.max_length} exceeds text_model.context_length {self.text_model.context_length}")
+            if self.tokenizer.style != "encoder":
+                raise ValueError("tokenizer.style must be encoder: a caption is read from its first token to its last")
+        return self
+
+
+# ------------------------------------------------------------------------------------------------------------ maths
+
+
+def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric InfoNCE over the global batch, the part of this rank's rows, summed.
+
+    This rank's n rows stand against all B columns. Gathering with gradient, a sum over ranks in the backward, and
+    DDP's mean over ranks give the exact gradient of the mean over the global batch.
+
+    Args:
+        image, text: (n, D), of unit length, at least fp32.
+        logit_scale: (1,), the logarithm of the inverse temperature.
+
+    Returns:
+        The summed loss, (); and how many of this rank's images find their text at the first place, ().
+    """
+    n, D = image.shape
+    all_image, all_text = distributed.gather_rows(torch.cat([image, text], dim=1)).split(D, dim=1)  # (B, D) each
+    labels = torch.arange(n, device=image.device) + n * distributed.rank()
+    scale = logit_scale.exp()
+    per_image = scale * image @ all_text.T  # (n, B)
+    per_text = scale * text @ all_image.T
+    loss = F.cross_entropy(per_image, labels, reduction="sum") + F.cross_entropy(per_text, labels, reduction="sum")
+    return loss / 2, (per_image.detach().argmax(dim=1) == labels).sum()
+
+
+def decay_exempt(name: str, parameter: Tensor) -> bool:
+    """Gains, biases, the temperature and the class token are not decayed; embeddings are."""
+    return parameter.ndim <= 1 or name.endswith((".bias", "cls_token"))
+
+
+# -------------------------------------------------------------------------------------------------------- objective
+
+
+class CLIP(nn.Module):
+    """Two towers, two projections, one temperature.
+
+    Args:
+        model: a ``VisionTextDualEncoderModel``.
+        rows: of the global batch. The loss couples them all, so a forward that sees fewer is a mistake.
+    """
+
+    weights = {"loss": 1.0}
+
+    def __init__(self, model: Any, rows: int | None = None) -> None:
+        super().__init__()
+        self.model, self.rows = model, rows
+        model.logit_scale = nn.Parameter(model.logit_scale.detach().reshape(1))  # sharding wants an axis
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Pairs."""
+        n = len(batch["image"])
+        return {"loss": n, "accuracy": n, "logit_scale": n}
+
+    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        n = len(batch["image"])
+        if self.rows is not None and n * distributed.world_size() != self.rows:
+            raise ValueError(f"{n} rows on each of {distributed.world_size()} ranks are not the batch of {self.rows}")
+        image = self.encode_image(batch["image"])
+        text = self.encode_text(batch["input_ids"], batch["attention_mask"])
+        with torch.autocast(image.device.type, enabled=False):
+            loss, hits = contrastive_loss(image, text, self.model.logit_scale)
+        scale = self.model.logit_scale.detach().exp().squeeze()
+        return {"loss": loss, "accuracy": hits.to(loss.dtype), "logit_scale": scale * n}
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """(n, C, H, W) -> (n, D), of unit length, at least fp32."""
+        return unit(self.model.get_image_features(pixel_values=pixels).pooler_output)
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(n, T), (n, T) -> (n, D), of unit length, at least fp32."""
+        return unit(self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output)
+
+    def after_step(self, step: int, means: dict[str, Tensor]) -> None:
+        """The parameter itself stays in [0, ln 100], so that its exponential never needs to be cut."""
+        self.model.logit_scale.clamp_(0, LOGIT_SCALE_MAX)
+
+
+def unit(features: Tensor) -> Tensor:
+    """Rows of unit length, computed outside of half precision."""
+    with torch.autocast(features.device.type, enabled=False):
+        return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+
+
+# ----------------------------------------------------------------------------------------------------------- towers
+
+
+def image_tower(config: Config, encoder: Artifact | None) -> tuple[Any, ViTConfig, str]:
+    """transformers' ViTModel whose pooled output is the encoder's feature, its sizes, and the loading report."""
+    sizes = vit.read_config(encoder) if encoder else config.image_model
+    timm_vit = vit.build(sizes)
+    report = vit.load(timm_vit, sizes, encoder) if encoder else ""
+    tower = vit.to_transformers(timm_vit, sizes)
+    tower.pooler.requires_grad_(False)  # an identity, which makes pooled = class token; to train it would be a layer more
+    return tower, sizes, report
+
+
+def text_tower(config: Config, encoder: Artifact | None, tokens: Any) -> tuple[Any, str]:
+    """A transformers encoder whose pooler is new, and the loading report. The language modelling head is left behind."""
+    from transformers import AutoConfig, AutoModel
+
+    if encoder:
+        dropout = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), config.text_model.dropout)
+        sizes = AutoConfig.from_pretrained(encoder.path, local_files_only=True, **dropout)
+        tensors = encoder.tensors()
+    else:
+        scratch = language.build_encoder(config.text_model, tokens)
+        sizes, tensors = scratch.config, scratch.state_dict()
+    tower = AutoModel.from_config(sizes, dtype=torch.float32)
+    if getattr(tower, "pooler", None) is None:
+        raise InputError(f"parents.text: {type(tower).__name__} has no pooler, which a dual encoder reads; give a BERT")
+    prefix = tower.base_model_prefix + "."
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    where = str(encoder.path) if encoder else "text_model"
+    report = load_state(tower, tensors, expect_missing=["pooler.*"], expect_unexpected=["cls.*"], where=where)
+    return tower, report if encoder else ""
+
+
+def dual_encoder(config: Config, parents: dict[str, Artifact], tokens: Any, say: Callable[[str], None]) -> Any:
+    """transformers' VisionTextDualEncoderModel of both towers; projections N(0, 1 / width) as CLIP's."""
+    from transformers import VisionTextDualEncoderConfig, VisionTextDualEncoderModel
+
+    vision, _, image_report = image_tower(config, parents.get("image"))
+    text, text_report = text_tower(config, parents.get("text"), tokens)
+    for report in filter(None, (image_report, text_report)):
+        say(report)
+    sizes = VisionTextDualEncoderConfig.from_vision_text_configs(
+        vision.config, text.config, projection_dim=config.projection_dim, logit_scale_init_value=LOGIT_SCALE_INIT
+    )
+    model = VisionTextDualEncoderModel(config=sizes, vision_model=vision, text_model=text)
+    for projection in (model.visual_projection, model.text_projection):
+        nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+    return model
+
+
+def save(model: Any, tokens: Any, view: EvalConfig, max_length: int, folder: Path) -> None:
+    """Write transformers' own form: model, tokenizer that cuts at ``max_length``, and an image processor."""
+    from transformers import CLIPImageProcessor
+
+    state = {name: tensor.reshape(()) if name == "logit_scale" else tensor for name, tensor in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=state)
+    tokens.model_max_length = max_length
+    tokens.save_pretrained(folder)
+    square = {"height": view.size, "width": view.size}
+    CLIPImageProcessor(
+        size={"shortest_edge": view.short_side}, crop_size=square, resample=3, do_convert_rgb=len(view.mean) == 3,
+        image_mean=list(view.mean), image_std=list(view.std),
+    ).save_pretrained(folder)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- stage
+
+
+def tokenize(tokens: Any, captions: list[str], max_length: int) -> dict[str, Tensor]:
+    """{"input_ids", "attention_mask"}, (n, T) each: [CLS] caption [SEP], where the last is kept however long the caption.
+
+    T is the longest of these captions, at most ``max_length``; padding follows, and the mask is 0 there.
+    """
+    before, after = tokenizer.frame(tokens, "encoder")
+    room = max_length - len(before) - len(after)
+    rows = [before + ids[:room] + after for ids in tokenizer.encode(tokens, captions)]
+    input_ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_id(tokens))
+    attention_mask = torch.zeros_like(input_ids)
+    for i, row in enumerate(rows):
+        input_ids[i, : len(row)] = torch.tensor(row)
+        attention_mask[i, : len(row)] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+class PairRows:
+    """Rows of a picture and its caption, cut after the longest caption among them."""
+
+    def __init__(self, rows: Captioned) -> None:
+        self.rows = rows
+
+    def __call__(self, ids: list[int], seeds: list[int]) -> Batch:
+        return shortened(self.rows(ids, seeds))
+
+
+def shortened(batch: Batch, multiple: int = 8) -> Batch:
+    """Without columns that are padding in every row; few different lengths, for kernels that are compiled for each."""
+    longest = int(batch["attention_mask"].sum(dim=1).max())
+    T = -(-longest // multiple) * multiple
+    return batch | {name: batch[name][:, :T] for name in ("input_ids", "attention_mask")}
+
+
+def check_batch(train: TrainConfig, world: int) -> None:
+    """The loss compares every pair with every other of the batch, so a batch cannot be cut into micro-batches."""
+    if train.batch % world:
+        raise InputError(f"train.batch {train.batch} is not a multiple of the {world} ranks, which need equally many pairs")
+    rows = train.batch // world
+    if train.micro_batch is not None and train.micro_batch < rows:
+        raise InputError(
+            f"train.micro_batch {train.micro_batch} is smaller than the {rows} pairs of one rank, and a contrastive loss "
+            "over parts of the batch is another loss; use more ranks, train.grad_checkpointing or a smaller train.batch"
+        )
+
+
+def check_parents(config: Config, parents: dict[str, Artifact], tokens: Any) -> None:
+    """What the parents were made with must be what they are fed."""
+    if "image" in parents:
+        sizes, known = vit.read_config(parents["image"]), parents["image"].preprocessing
+        fed = {"size": config.augment.size, "mean": list(config.augment.mean), "std": list(config.augment.std)}
+        wanted = {name: known.get(name, value) for name, value in fed.items()} | {"size": sizes.img_size}
+        differ = [f"augment.{name} is {value}, there {wanted[name]}" for name, value in fed.items() if value != wanted[name]]
+        if config.data.channels != sizes.in_chans:
+            differ.append(f"data.channels is {config.data.channels}, there {sizes.in_chans}")
+        if differ:
+            raise InputError(f"parents.image {parents['image'].path} was made with other pictures: {'; '.join(differ)}")
+    if "text" in parents:
+        limit = parents["text"].preprocessing.get("max_length", config.max_length)
+        if config.max_length > limit:
+            raise InputError(f"max_length {config.max_length} exceeds the {limit} positions of {parents['text'].path}")
+        if tokenizer.style_of(tokens) != "encoder":
+            raise InputError(f"the tokenizer of {parents['text'].path} does not close a text; train it with style: encoder")
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def embed_images(clip: CLIP, pixels: Tensor, batch: int = 256) -> Tensor:
+    """(N, C, H, W) -> (N, D) on the CPU."""
+    return torch.cat([clip.encode_image(part.to(distributed.device())).cpu() for part in pixels.split(batch)])
+
+
+@torch.no_grad()
+def embed_texts(clip: CLIP, table: dict[str, Tensor], batch: int = 256) -> Tensor:
+    """Rows of ``tokenize`` -> (N, D) on the CPU."""
+    parts = zip(table["input_ids"].split(batch), table["attention_mask"].split(batch), strict=True)
+    return torch.cat([clip.encode_text(ids.to(distributed.device()), mask.to(distributed.device())).cpu() for ids, mask in parts])
+
+
+class HeldOut(NamedTuple):
+    """Pairs to retrieve: K captions and N pictures, each with the number of its caption."""
+
+    captions: list[str]
+    text: dict[str, Tensor]
+    pixels: Tensor
+    owner: Tensor
+
+    @classmethod
+    def open(cls, config: Evaluation, view: EvalConfig, tokens: Any, max_length: int) -> "HeldOut":
+        pairs = config.pairs.open()
+        order = Permutation(len(pairs), "evaluation")
+        chosen = [order[i] for i in range(min(config.limit or len(pairs), len(pairs)))]
+        captions = [pairs.captions[i] for i in chosen]
+        pictures = [(number, picture) for number, i in enumerate(chosen) for picture in pairs.members[i]]
+        pixels = eval_batch(pairs.images, [picture for _, picture in pictures], view)
+        return cls(captions, tokenize(tokens, captions, max_length), pixels, torch.tensor([n for n, _ in pictures]))
+
+
+def retrieval(clip: CLIP, before: CLIP, held: HeldOut) -> list[Score]:
+    """Recall of pictures by caption, and of captions by picture, resampled by caption."""
+    number = torch.arange(len(held.captions))
+
+    def ranks(model: CLIP) -> tuple[Tensor, Tensor]:
+        image, text = embed_images(model, held.pixels), embed_texts(model, held.text)
+        return right_ranks(text, image, number, held.owner), right_ranks(image, text, held.owner, number)
+
+    after, first = ranks(clip), ranks(before)
+    owners = (number, held.owner)
+    scores = []
+    for way, name in enumerate(("text to image", "image to text")):
+        right = recall_at(after[way], 1)
+        low, high = bootstrap(right, owners[way].numpy())
+        scores.append(
+            Score(
+                metric=f"{name} recall@1",
+                after=float(right.mean()),
+                before=float(recall_at(first[way], 1).mean()),
+                baseline=chance(owners[way], owners[1 - way], 1),
+                baseline_name="chance",
+                low=low,
+                high=high,
+                n=len(held.captions),
+                unit="captions",
+                note=f"recall@5 {recall_at(after[way], 5).mean():.4f}, by chance "
+                f"{chance(owners[way], owners[1 - way], 5):.4f}; {len(held.owner)} pictures",
+            )
+        )
+    return scores
+
+
+def prompts_of(config: ZeroShot, images: Images) -> list[list[str]]:
+    """The prompts of each class."""
+    if config.templates is None and isinstance(images, WorldImages):
+        from fledge.data.world import script_prompts
+
+        return [list(script_prompts(name)) for name in images.classes]
+    return [fill(config.templates or ("{}",), name) for name in images.classes]
+
+
+def zero_shot(clip: CLIP, before: CLIP, config: ZeroShot, view: EvalConfig, tokens: Any, max_length: int) -> Score:
+    """Accuracy of naming the class of held-out pictures, beside naming the most frequent class every time."""
+    images = config.images.open() if config.images else config.pairs.open().images  # type: ignore[union-attr]
+    if images.labels is None:
+        raise InputError("evaluation.zero_shot.images has no labels; give a folder with one subfolder a class")
+    prompts, ids = prompts_of(config, images), list(range(len(images)))
+    pixels, labels = eval_batch(images, ids, view), torch.tensor(list(images.labels))
+
+    def right(model: CLIP) -> np.ndarray:
+        classes = class_embeddings(lambda texts: embed_texts(model, tokenize(tokens, texts, max_length)), prompts)
+        return zero_shot_correct(embed_images(model, pixels), classes, labels).numpy()
+
+    after = right(clip)
+    groups, unit_name = clusters(images, ids)
+    low, high = bootstrap(after, groups)
+    return Score(
+        metric="zero-shot accuracy",
+        after=float(after.mean()),
+        before=float(right(before).mean()),
+        baseline=float(labels.bincount().max() / len(labels)),
+        baseline_name="most frequent class",
+        low=low,
+        high=high,
+        n=len(np.unique(groups)),
+        unit=unit_name,
+        note=f"{len(images.classes)} classes, chance {1 / len(images.classes):.4f}; {len(ids)} pictures",
+    )
+
+
+def retrieval_sheet(clip: CLIP, held: HeldOut, view: EvalConfig, n: int = 10, k: int = 5):
+    """Captions, each with the k pictures that it finds first; the right ones are framed. A PIL image."""
+    asked = np.linspace(0, len(held.captions) - 1, min(n, len(held.captions))).astype(int).tolist()
+    text = embed_texts(clip, {name: table[asked] for name, table in held.text.items()})
+    found = (text @ embed_images(clip, held.pixels).T).topk(min(k, len(held.pixels)), dim=1).indices  # (n, k)
+    pictures = denormalise(held.pixels[found], view.mean, view.std)
+    return captioned_rows([held.captions[i] for i in asked], pictures, held.owner[found] == torch.tensor(asked)[:, None])
+
+
+def main(config: Config) -> Artifact:
+    """Train both towers, measure them on held-out pairs, and hand them over as one."""
+    distributed.setup(config.train.device)
+    check_batch(config.train, distributed.world_size())
+    parents = artifact.open_parents(config)
+    with Run.open(config, parents) as run:
+        pairs: Pairs = config.data.open()
+        if pairs.report():
+            run.say(pairs.report())
+        if "text" in parents:
+            tokens = language.read_tokenizer(parents["text"])
+        else:
+            tokens = tokenizer.build(config.tokenizer, lambda: pairs.captions)
+        check_parents(config, parents, tokens)
+        text = tokenize(tokens, list(pairs.captions), config.max_length)
+
+        def untrained(say: Callable[[str], None] = lambda report: None) -> CLIP:
+            torch.manual_seed(derive("init", config.seed))
+            return CLIP(dual_encoder(config, parents, tokens, say), rows=config.train.batch)
+
+        clip = untrained(run.say)
+        rows = PairRows(captioned(pairs, config.augment, text))
+        stream = DataStream(len(pairs), rows, batch=config.train.batch, seed=config.seed)
+        steps = resolve(config.train.steps, stream.steps_per_epoch)
+        optim = adamw(
+            decay_groups(clip, decay_exempt), config.optim,
+            batch=stream.batch, steps=steps, steps_per_epoch=stream.steps_per_epoch,
+        )  # fmt: skip
+        fit(clip, stream, optim, config.train, run, steps=steps, seed=config.seed)
+
+        clip.eval()
+        view = config.augment.evaluation(resize=config.augment.size)
+        scores: list[Score] = []
+        if config.evaluation:
+            before = untrained().to(distributed.device()).eval()
+            held = HeldOut.open(config.evaluation, view, tokens, config.max_length)
+            if config.evaluation.zero_shot:
+                scores.append(zero_shot(clip, before, config.evaluation.zero_shot, view, tokens, config.max_length))
+            scores += retrieval(clip, before, held)
+            run.picture("retrieval", retrieval_sheet(clip, held, view), "Held-out captions and the pictures they find first")
+        return run.publish(
+            WRITES,
+            lambda folder: save(clip.model, tokens, view, config.max_length, folder),
+            scores,
+            architecture={
+                "name": type(clip.model).__name__,
+                "image": type(clip.model.vision_model).__name__,
+                "text": type(clip.model.text_model).__name__,
+                "projection_dim": config.projection_dim,
+                "parameters": language.size(clip.model),
+            },
+            preprocessing=vit.preprocessing(view) | {"tokenizer": tokenizer.digest(tokens), "max_length": config.max_length},
+            data={"fingerprint": pairs.fingerprint, "captions": len(pairs), "pictures": len(pairs.images), "skipped": len(pairs.skipped)},
+            step=steps,
+        )
+
+
+if __name__ == "__main__":
+    from fledge.cli import stage_main
+
+    raise SystemExit(stage_main(Config, main))
