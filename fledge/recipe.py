@@ -165,11 +165,9 @@ def import_stage(name: Any, place: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != name:
             raise  # the stage is there, but something that it needs is not
-        known = [f"{package}.{f.stem}" for f in (SHIPPED.parent / package).glob("[a-z]*.py")]
+        known = known_stages()
         hint = configs.nearest(name, known)
-        raise InputError(
-            f"{place}  stage  there is no stage {name}, expected one of {', '.join(known)}{hint}"
-        ) from None
+        raise InputError(f"{place}  stage  {name} does not exist, expected one of {', '.join(known)}{hint}") from None
     lacking = [part for part in ("Config", "main", "WRITES") if not hasattr(module, part)]
     if lacking:
         raise InputError(f"{place}  stage  {name} is no stage: it has no {' and no '.join(lacking)}")
@@ -255,7 +253,7 @@ def _place_data(recipe: Recipe, overridden: bool) -> None:
 
 
 def _wires(name: str, entry: Entry, recipe: Recipe, tree: Tree, overrides: list[str]) -> dict[str, Wire]:
-    """Where each parent comes from: the recipe's `parents`, then overrides `name.parents.role=…` (null: from nowhere)."""
+    """Where each parent comes from: the recipe's `parents`, then overrides `name.parents.role=…` (null: nowhere)."""
     given = {role: (value, tree.place(("stages", name, "parents", role))) for role, value in entry.parents.items()}
     for text in list(overrides):
         key, _, value = text.partition("=")

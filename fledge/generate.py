@@ -1,0 +1,121 @@
+"""Text from a language artifact: a causal one continues, a chat model answers, a text encoder fills in its masks."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from fledge import artifact
+from fledge.artifact import Artifact
+from fledge.errors import InputError
+
+CAUSAL = ("causal-lm", "chat-model")
+MASK = re.compile(r"\[MASK\]|<mask>")
+GUESSES = 5
+
+
+def generate(
+    path: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> str:
+    """What a language artifact makes of `prompt`, a function of its arguments alone.
+
+    Args:
+        temperature: 0 takes the most probable token.
+        top_k: sample among the k most probable tokens; None: among all.
+    """
+    if temperature < 0:
+        raise InputError(f"--temperature {temperature}: expected 0 (greedy) or more")
+    opened = artifact.open(path)
+    if opened.kind == "text-encoder":
+        return fill(opened, prompt)
+    if opened.kind not in CAUSAL:
+        raise InputError(
+            f"{path} is a {opened.kind}, which writes no text; expected a {', '.join(CAUSAL)} or text-encoder"
+        )
+    return continue_(opened, prompt, max_new_tokens, temperature, top_k, seed)
+
+
+def continue_(opened: Artifact, prompt: str, n: int, temperature: float, top_k: int | None, seed: int) -> str:
+    """The prompt with its continuation, or a chat model's answer alone."""
+    from fledge.models import language
+    from fledge.models.sampling import left_pad, sample
+    from fledge.stream import derive
+
+    tokens = language.read_tokenizer(opened)
+    ids = prompt_ids(opened, tokens, prompt)
+    model = language.read(opened).eval()
+    room = context_length(model) - len(ids)
+    if room < 1:
+        raise InputError(
+            f"the prompt has {len(ids)} tokens, but {opened.path} reads {context_length(model)}; shorten it"
+        )
+    said, mask = sample(
+        model,
+        *left_pad([ids]),
+        max_new_tokens=min(n, room),
+        seeds=[derive("generate", seed)],
+        temperature=temperature,
+        top_k=top_k,
+        eos_id=tokens.eos_token_id,
+    )
+    answer = tokens.decode(said[0, : int(mask[0].sum())].tolist(), skip_special_tokens=True)
+    return answer.strip() if is_chat(opened, tokens) else prompt + answer
+
+
+def is_chat(opened: Artifact, tokens: Any) -> bool:
+    return opened.kind == "chat-model" and tokens.chat_template is not None
+
+
+def prompt_ids(opened: Artifact, tokens: Any, prompt: str) -> list[int]:
+    """A chat model is asked in its template; any other begins a document with the prompt."""
+    if is_chat(opened, tokens):
+        messages = [{"role": "user", "content": prompt}]
+        ids = tokens.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+        return list(ids["input_ids"])
+    start = [] if tokens.bos_token_id is None else [tokens.bos_token_id]
+    ids = start + tokens(prompt, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise InputError("the prompt is empty, and this model has no token that begins a text; give some text")
+    return ids
+
+
+def context_length(model: Any) -> int:
+    """The most tokens that the model reads."""
+    return int(
+        getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", 0) or 2**31
+    )
+
+
+def fill(opened: Artifact, prompt: str) -> str:
+    """The text with its masks filled in, and below it the best guesses for each."""
+    import torch
+
+    from fledge.models import language
+
+    tokens = language.read_tokenizer(opened)
+    if not MASK.search(prompt):
+        raise InputError(f"{opened.path} is a text-encoder: it fills in [MASK], and the prompt has none")
+    if tokens.mask_token is None:
+        raise InputError(f"the tokenizer of {opened.path} has no mask token, so nothing can be filled in")
+    model = language.read(opened, "AutoModelForMaskedLM").eval()
+    batch = tokens(MASK.sub(str(tokens.mask_token), prompt), return_tensors="pt")
+    ids = batch["input_ids"][0]
+    if len(ids) > context_length(model):
+        raise InputError(
+            f"the prompt has {len(ids)} tokens, but {opened.path} reads {context_length(model)}; shorten it"
+        )
+    with torch.no_grad():
+        probabilities = model(**batch).logits[0].float().softmax(dim=-1)  # (T, V)
+    lines = []
+    for place in (ids == tokens.mask_token_id).nonzero()[:, 0].tolist():
+        best = probabilities[place, : len(tokens)].topk(min(GUESSES, len(tokens)))
+        ids[place] = best.indices[0]
+        words = [tokens.decode([i]).strip() or "(space)" for i in best.indices.tolist()]
+        guesses = [f"{word} {p:.2f}" for word, p in zip(words, best.values.tolist(), strict=True)]
+        lines.append(f"  [MASK] {len(lines) + 1}: " + ", ".join(guesses))
+    return "\n".join([tokens.decode(ids.tolist(), skip_special_tokens=True), *lines])
