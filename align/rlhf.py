@@ -96,6 +96,13 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator =
     return torch.expm1(-d) + d
 
 
+def exact_kl(logits: Tensor, ref_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(policy || reference) of each token's whole distribution, without an estimate. (B, T, V) twice -> (B, T)"""
+    logp = (_full_precision(logits) / temperature).log_softmax(-1)
+    ref_logp = (_full_precision(ref_logits) / temperature).log_softmax(-1)
+    return torch.where(logp == -torch.inf, 0.0, logp.exp() * (logp - ref_logp)).sum(-1)
+
+
 # ----------------------------------------------------------------------------------------------- from scores to rewards
 
 
