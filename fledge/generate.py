@@ -49,11 +49,7 @@ def continue_(opened: Artifact, prompt: str, n: int, temperature: float, top_k: 
     tokens = language.read_tokenizer(opened)
     ids = prompt_ids(opened, tokens, prompt)
     model = language.read(opened).eval()
-    room = context_length(model) - len(ids)
-    if room < 1:
-        raise InputError(
-            f"the prompt has {len(ids)} tokens, but {opened.path} reads {context_length(model)}; shorten it"
-        )
+    room = room_for(model, len(ids), opened, least=1)
     said, mask = sample(
         model,
         *left_pad([ids]),
@@ -84,11 +80,13 @@ def prompt_ids(opened: Artifact, tokens: Any, prompt: str) -> list[int]:
     return ids
 
 
-def context_length(model: Any) -> int:
-    """The most tokens that the model reads."""
-    return int(
-        getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", 0) or 2**31
-    )
+def room_for(model: Any, length: int, opened: Artifact, least: int = 0) -> int:
+    """How many tokens the model reads beside `length`; an error where that is less than `least`."""
+    sizes = model.config
+    most = getattr(sizes, "max_position_embeddings", None) or getattr(sizes, "n_positions", None) or 2**31
+    if length + least > most:
+        raise InputError(f"the prompt has {length} tokens, but {opened.path} reads {most}; shorten it")
+    return int(most) - length
 
 
 def fill(opened: Artifact, prompt: str) -> str:
@@ -105,10 +103,7 @@ def fill(opened: Artifact, prompt: str) -> str:
     model = language.read(opened, "AutoModelForMaskedLM").eval()
     batch = tokens(MASK.sub(str(tokens.mask_token), prompt), return_tensors="pt")
     ids = batch["input_ids"][0]
-    if len(ids) > context_length(model):
-        raise InputError(
-            f"the prompt has {len(ids)} tokens, but {opened.path} reads {context_length(model)}; shorten it"
-        )
+    room_for(model, len(ids), opened)
     with torch.no_grad():
         probabilities = model(**batch).logits[0].float().softmax(dim=-1)  # (T, V)
     lines = []
