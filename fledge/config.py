@@ -452,7 +452,7 @@ _EXPECTED = {
     "string_type": "text",
     "list_type": "a list",
     "tuple_type": "a list",
-    "dict_type": "a mapping",
+    "dict_type": "a section (keys and values)",
     "model_type": "a section (keys and values)",
     "model_attributes_type": "a section (keys and values)",
     "none_required": "null",

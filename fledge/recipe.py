@@ -432,7 +432,7 @@ def _artifact_state(folder: Path) -> str | None:
     try:
         artifact.open(folder / "artifact")
     except InputError as error:
-        return str(error)
+        return str(error).partition(". ")[0]  # without the advice: here it is mended
     return ""
 
 
