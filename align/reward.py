@@ -167,6 +167,7 @@ def main(config: Config) -> artifact.Artifact:
         train = Preferences(config.data, tokens, "train", at_least=config.train.batch)
         run.say(train.report())
         objective = RewardModel(build(parents["model"], tokens, config.seed), config.center_rewards_coefficient)
+        language.check_length(objective.model, config.data.max_length, "data.max_length")
         stream = DataStream(len(train), train.rows, batch=config.train.batch, seed=config.seed, what="data")
         steps = resolve(config.train.steps, stream.steps_per_epoch)
         groups = decay_groups(objective, decay_exempt)

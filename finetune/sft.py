@@ -156,6 +156,7 @@ def main(config: Config) -> artifact.Artifact:
         run.say(train.report())
         torch.manual_seed(derive("init", config.seed))
         objective = SFT(language.read(parents["model"]))
+        language.check_length(objective.model, config.data.max_length, "data.max_length")
         stream = DataStream(len(train), train.rows, batch=config.train.batch, seed=config.seed, what="data")
         steps = resolve(config.train.steps, stream.steps_per_epoch)
         groups = decay_groups(objective, decay_exempt)

@@ -139,8 +139,8 @@ def continuations(model: Any, tokens: Any, prompts: list[str], n: int = 48) -> l
     for i, prompt in enumerate(prompts):
         ids = torch.tensor([tokens(prompt)["input_ids"]], device=distributed.device())
         made = sample(
-            model, ids, torch.ones_like(ids), max_new_tokens=n, temperature=0.8, eos_id=tokens.eos_token_id,
-            pad_id=tokens.pad_token_id, seeds=[derive("continuation", i)],
+            model, ids, torch.ones_like(ids), max_new_tokens=min(n, language.room(model, ids)), temperature=0.8,
+            eos_id=tokens.eos_token_id, pad_id=tokens.pad_token_id, seeds=[derive("continuation", i)],
         )  # fmt: skip
         rows.append({"beginning": prompt, "continuation": tokens.decode(made[0][0].tolist(), skip_special_tokens=True)})
     return rows

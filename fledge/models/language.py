@@ -196,6 +196,20 @@ def read(artifact: Artifact, auto: str = "AutoModelForCausalLM", **options) -> A
     return model
 
 
+def room(model: Any, input_ids: Tensor) -> int:
+    """How many tokens the model can say behind prompts (B, P) before its positions end."""
+    return max(0, model.config.max_position_embeddings - input_ids.shape[1])
+
+
+def check_length(model: Any, length: int, key: str) -> None:
+    """Refuse rows of ``length`` tokens where the model has fewer positions, as an InputError that names ``key``."""
+    from fledge.errors import InputError
+
+    positions = model.config.max_position_embeddings
+    if length > positions:
+        raise InputError(f"{key} is {length}, but the parent model has {positions} positions; use at most {positions}")
+
+
 def size(model: nn.Module) -> int:
     """Parameters, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())

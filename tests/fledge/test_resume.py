@@ -1,0 +1,299 @@
+"""A run that is killed and started again is the run that was never killed: the same weights and curve, bit for bit.
+
+Every stage at toy size on generated data, with dropout (but PPO) and random augmentation on. The uninterrupted and the
+killed run are in processes of different hash seeds with scrambled global generators. Ranks and data workers are spread
+over the stages. What is compared: every tensor of the last checkpoint, every number of metrics.jsonl but times, and the
+digest of the artifact, which holds every score.
+"""
+
+import json
+import os
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.forks import Forks, Job
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+
+STEPS = 12
+WORDS = "the quick brown fox jumps over the lazy dog and runs away from ten tall trees near a cold blue river".split()
+VIT = {"img_size": 16, "in_chans": 1, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+TRANSFORMER = {"embed_dim": 16, "depth": 2, "num_heads": 2, "context_length": 48, "dropout": 0.1}
+
+
+@dataclass
+class Case:
+    """One stage at toy size. ``parents``: role -> name of another case, or of nothing."""
+
+    stage: str
+    config: dict[str, Any]
+    world: int = 1
+    workers: int = 0
+    parents: dict[str, str] | None = None
+    steps: int = STEPS
+
+
+def train(batch: int = 8, **more: Any) -> dict[str, Any]:
+    return {"batch": batch, "steps": STEPS, "precision": "fp32", "device": "cpu", "save_every": 3} | more
+
+
+def data(path: str, **more: Any) -> dict[str, Any]:
+    return {"source": "files", "path": path, "validation_fraction": 0.2, "test_fraction": 0.2} | more
+
+
+TEXT = data("text.txt", split_on="line", seq_len=16)
+PICTURES = {"path": "pictures", "channels": 1}
+VIEW = {"mean": [0.5], "std": [0.25]}
+CASES = {
+    "mae": Case(
+        "pretrain.mae",
+        {
+            "data": PICTURES,
+            "augment": {"size": 16, **VIEW},
+            "model": VIT,
+            "decoder": {"embed_dim": 8, "depth": 1, "num_heads": 2},
+            "optim": {"warmup": 2, "lr": 0.01},
+            "train": train(),
+        },
+        world=2,
+        workers=2,
+    ),
+    "dino": Case(
+        "pretrain.dino",
+        {
+            "data": PICTURES,
+            "augment": {"global_size": 16, "local_size": 8, "local_crops": 2, **VIEW},
+            "model": VIT,
+            "drop_path_rate": 0.3,
+            "head": {"out_dim": 32, "hidden_dim": 16, "bottleneck_dim": 8},
+            "warmup_teacher_temp_epochs": 2,
+            "optim": {"warmup": 2, "lr": 0.01, "freeze_last_layer": 5},
+            "evaluation": {"method": "knn", "k": 3, "fit": PICTURES, "test": PICTURES},
+            "train": train(micro_batch=3, eval_every=4),
+        },
+        workers=2,
+    ),
+    "mlm": Case(
+        "pretrain.mlm",
+        {
+            "data": TEXT,
+            "tokenizer": {"style": "encoder", "vocab_size": 320},
+            "model": TRANSFORMER,
+            "optim": {"warmup": 2, "lr": 0.01},
+            "train": train(micro_batch=3),
+        },
+        world=2,
+    ),
+    "clm": Case(
+        "pretrain.clm",
+        {
+            "data": TEXT,
+            "tokenizer": {"vocab_size": 320},
+            "model": {"arch": "gpt2", **TRANSFORMER},
+            "optim": {"warmup": 2, "lr": 0.01},
+            "train": train(),
+        },
+        workers=2,
+    ),
+    "sft": Case(
+        "finetune.sft",
+        {
+            "data": data("chats.jsonl", max_length=40),
+            "optim": {"lr": 0.01},
+            "evaluation": {"examples": 8, "max_new_tokens": 4},
+            "train": train(micro_batch=2),
+        },
+        world=2,
+        parents={"model": "clm"},
+    ),
+    "reward": Case(
+        "align.reward",
+        {"data": data("preferences.jsonl", max_length=40), "optim": {"lr": 0.01}, "train": train(save_every=2)},
+        parents={"model": "sft"},
+    ),
+    "classify": Case(
+        "finetune.classify",
+        {"data": PICTURES, "test": PICTURES, "device": "cpu"},
+        parents={"encoder": "mae"},
+        steps=0,
+    ),
+}
+
+
+# ------------------------------------------------------------------------------------------------------ small world
+
+
+def write_data(folder: Path) -> None:
+    """Grey pictures of three classes, lines of words, questions with right and wrong answers."""
+    g, rng = torch.Generator().manual_seed(0), random.Random(0)
+    for name, tone in (("dark", 40), ("middle", 120), ("light", 200)):
+        (folder / "pictures" / name).mkdir(parents=True)
+        for i in range(10):
+            pixels = (tone + torch.randint(-40, 40, (20, 20), generator=g)).to(torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / "pictures" / name / f"{i}.png")
+    lines = [" ".join(rng.choices(WORDS, k=rng.randint(4, 14))) for _ in range(60)]
+    (folder / "text.txt").write_text("\n".join(lines) + "\n")
+    pairs = [(f"{' '.join(rng.choices(WORDS, k=3))} {i}?", *rng.sample(WORDS, 2)) for i in range(60)]
+    chats = [{"prompt": prompt, "completion": right} for prompt, right, _ in pairs]
+    preferences = [{"prompt": prompt, "chosen": right, "rejected": wrong} for prompt, right, wrong in pairs]
+    for name, records in (("chats", chats), ("preferences", preferences)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def placed(value: Any, folder: Path) -> Any:
+    """The config with the paths of its data inside ``folder``."""
+    if isinstance(value, dict):
+        return {k: str(folder / v) if k == "path" else placed(v, folder) for k, v in value.items()}
+    return value
+
+
+class World:
+    """The data, two servers, and every uninterrupted run, each made once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        write_data(root)
+        self.calm, self.stormy = Forks(hash_seed=1), Forks(hash_seed=2)
+
+    def config(self, name: str, **changes: Any) -> dict[str, Any]:
+        """The whole config of a case; ``changes`` go into its train section."""
+        case = CASES[name]
+        config = {"stage": case.stage, "seed": 5, **placed(case.config, self.root)}
+        config["track"] = {"wandb": "off"}
+        if case.steps:
+            config["train"] = {**config["train"], "workers": case.workers, **changes}
+        if case.parents:
+            config["parents"] = {role: str(self.uninterrupted(p) / "artifact") for role, p in case.parents.items()}
+        return config
+
+    def start(self, forks: Forks, name: str, folder: Path, world: int | None = None, **more: Any) -> Job:
+        changes = more.pop("changes", {})
+        args = {"stage": CASES[name].stage, "config": self.config(name, **changes), **more}
+        return forks.start("tests.resume_driver:stage", args, world=world or CASES[name].world, folder=folder)
+
+    def uninterrupted(self, name: str) -> Path:
+        """The folder of the run that nothing happens to."""
+        folder = self.root / "calm" / name
+        if not (run_of(name, folder) / "artifact").exists():
+            self.start(self.calm, name, folder).wait()
+        return run_of(name, folder)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    made = World(tmp_path_factory.mktemp("resume"))
+    with made.calm, made.stormy:
+        yield made
+
+
+def run_of(name: str, folder: Path) -> Path:
+    return folder / "runs" / CASES[name].stage.split(".")[-1]
+
+
+# ------------------------------------------------------------------------------------------------------- comparison
+
+
+def curve(run: Path) -> list[dict[str, Any]]:
+    """Every number that was logged, in order, without times."""
+    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+def last_checkpoint(run: Path) -> dict[str, torch.Tensor]:
+    newest = sorted((run / "checkpoints").glob("step_*"))[-1]
+    return {
+        f"{newest.name}/{file.stem}/{name}": tensor
+        for file in newest.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+def assert_same_run(found: Path, truth: Path) -> None:
+    assert curve(found) == curve(truth)
+    if (truth / "checkpoints").exists():
+        tensors, true = last_checkpoint(found), last_checkpoint(truth)
+        assert tensors.keys() == true.keys()
+        different = [name for name in true if not torch.equal(tensors[name], true[name])]
+        assert not different, different
+        assert state(found) == state(truth)
+    mine, his = (json.loads((run / "artifact" / "manifest.json").read_text()) for run in (found, truth))
+    assert mine["files"] == his["files"] and mine["metrics"] == his["metrics"]
+
+
+def state(run: Path) -> str:
+    return (sorted((run / "checkpoints").glob("step_*"))[-1] / "state.json").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------------ storm
+
+
+def logged(run: Path) -> int:
+    try:
+        return (run / "metrics.jsonl").read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+def kill_somewhere(job: Job, run: Path, lines: int, delay: float, rank: int) -> bool:
+    """SIGKILL ``rank`` when so many lines are logged and ``delay`` seconds more have gone; was it still running?"""
+    until = time.monotonic() + 60
+    while logged(run) < lines and not job.failed() and time.monotonic() < until:
+        if job.poll():
+            return False
+        time.sleep(0.001)
+    time.sleep(delay)
+    assert not job.failed(), job.output()
+    if job.poll():
+        return False
+    job.kill(rank)
+    job.end()
+    return True
+
+
+def storm(world: World, name: str, folder: Path, seed: int) -> tuple[int, int]:
+    """Run ``name`` in ``folder`` through its kills, then to its end. (random kills, kills inside a save)"""
+    case, rng, run = CASES[name], random.Random(f"{seed}/{name}"), run_of(name, folder)
+    random_kills = save_kills = 0
+    if case.steps:
+        die = {"save": rng.randint(1, 2), "sync": rng.randint(1, 8)}
+        job = world.start(world.stormy, name, folder, die=die)
+        job.wait(check=False) if case.world == 1 else wait_for_death(job)
+        assert job.codes[0] == -9, f"rank 0 was to die at {die}: {job.output()}"
+        job.end()
+        save_kills += 1
+    moments = [rng.randint(0, case.steps - 2) if case.steps else 0 for _ in range(3)] + [case.steps]
+    for lines in moments:
+        job = world.start(world.stormy, name, folder)
+        if not kill_somewhere(job, run, lines, rng.uniform(0, 0.05), rng.randrange(case.world)):
+            break
+        random_kills += 1
+    else:
+        job = world.start(world.stormy, name, folder)
+    job.wait()
+    return random_kills, save_kills
+
+
+def wait_for_death(job: Job) -> None:
+    """Until rank 0 is dead; the launcher would then end the others."""
+    until = time.monotonic() + 60
+    while job.poll() is False and job.codes[0] is None and time.monotonic() < until:
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_killed_at_random_moments(world, name, tmp_path):
+    truth = world.uninterrupted(name)
+    random_kills, save_kills = storm(world, name, tmp_path, seed=0)
+    assert random_kills >= 3 or not CASES[name].steps
+    assert save_kills == 1 or not CASES[name].steps
+    assert_same_run(run_of(name, tmp_path), truth)
+    if CASES[name].steps:
+        assert [r["step"] for r in curve(truth) if "train/loss" in r] == list(range(CASES[name].steps))
