@@ -127,13 +127,15 @@ class Config(StageConfig):
     @model_validator(mode="after")
     def _sizes_agree(self) -> "Config":
         if self.parents.image is None:
-            if self.augment.size != self.image_model.img_size:
-                raise ValueError(f"augment.size {self.augment.size} is not image_model.img_size {self.image_model.img_size}")
-            if self.data.channels != self.image_model.in_chans:
-                raise ValueError(f"data.channels {self.data.channels} is not image_model.in_chans {self.image_model.in_chans}")
+            size, channels = self.image_model.img_size, self.image_model.in_chans
+            if self.augment.size != size:
+                raise ValueError(f"augment.size {self.augment.size} is not image_model.img_size {size}")
+            if self.data.channels != channels:
+                raise ValueError(f"data.channels {self.data.channels} is not image_model.in_chans {channels}")
         if self.parents.text is None:
-            if self.max_length > self.text_model.context_length:
-                raise ValueError(f"max_length {self.max_length} exceeds text_model.context_length {self.text_model.context_length}")
+            limit = self.text_model.context_length
+            if self.max_length > limit:
+                raise ValueError(f"max_length {self.max_length} exceeds text_model.context_length {limit}")
             if self.tokenizer.style != "encoder":
                 raise ValueError("tokenizer.style must be encoder: a caption is read from its first token to its last")
         return self
@@ -232,12 +234,12 @@ def image_tower(config: Config, encoder: Artifact | None) -> tuple[Any, ViTConfi
     timm_vit = vit.build(sizes)
     report = vit.load(timm_vit, sizes, encoder) if encoder else ""
     tower = vit.to_transformers(timm_vit, sizes)
-    tower.pooler.requires_grad_(False)  # an identity, which makes pooled = class token; to train it would be a layer more
+    tower.pooler.requires_grad_(False)  # an identity, so that pooled = class token; trained, it would be a layer more
     return tower, sizes, report
 
 
 def text_tower(config: Config, encoder: Artifact | None, tokens: Any) -> tuple[Any, str]:
-    """A transformers encoder whose pooler is new, and the loading report. The language modelling head is left behind."""
+    """A transformers encoder whose pooler is new, and the loading report. The language modelling head stays behind."""
     from transformers import AutoConfig, AutoModel
 
     if encoder:
@@ -278,8 +280,8 @@ def save(model: Any, tokens: Any, view: EvalConfig, max_length: int, folder: Pat
     """Write transformers' own form: model, tokenizer that cuts at ``max_length``, and an image processor."""
     from transformers import CLIPImageProcessor
 
-    state = {name: tensor.reshape(()) if name == "logit_scale" else tensor for name, tensor in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=state)
+    state = model.state_dict()
+    model.save_pretrained(folder, state_dict=state | {"logit_scale": state["logit_scale"].reshape(())})
     tokens.model_max_length = max_length
     tokens.save_pretrained(folder)
     square = {"height": view.size, "width": view.size}
@@ -293,7 +295,7 @@ def save(model: Any, tokens: Any, view: EvalConfig, max_length: int, folder: Pat
 
 
 def tokenize(tokens: Any, captions: list[str], max_length: int) -> dict[str, Tensor]:
-    """{"input_ids", "attention_mask"}, (n, T) each: [CLS] caption [SEP], where the last is kept however long the caption.
+    """{"input_ids", "attention_mask"}, (n, T) each: [CLS] caption [SEP]; a long caption is cut, [SEP] never.
 
     T is the longest of these captions, at most ``max_length``; padding follows, and the mask is 0 there.
     """
@@ -328,12 +330,15 @@ def shortened(batch: Batch, multiple: int = 8) -> Batch:
 def check_batch(train: TrainConfig, world: int) -> None:
     """The loss compares every pair with every other of the batch, so a batch cannot be cut into micro-batches."""
     if train.batch % world:
-        raise InputError(f"train.batch {train.batch} is not a multiple of the {world} ranks, which need equally many pairs")
+        raise InputError(
+            f"train.batch {train.batch} is not a multiple of the {world} ranks; each needs equally many pairs"
+        )
     rows = train.batch // world
     if train.micro_batch is not None and train.micro_batch < rows:
         raise InputError(
-            f"train.micro_batch {train.micro_batch} is smaller than the {rows} pairs of one rank, and a contrastive loss "
-            "over parts of the batch is another loss; use more ranks, train.grad_checkpointing or a smaller train.batch"
+            f"train.micro_batch {train.micro_batch} is smaller than the {rows} pairs of one rank, and a contrastive "
+            "loss over parts of the batch is another loss; use more ranks, train.grad_checkpointing or a smaller "
+            "train.batch"
         )
 
 
@@ -343,7 +348,7 @@ def check_parents(config: Config, parents: dict[str, Artifact], tokens: Any) -> 
         sizes, known = vit.read_config(parents["image"]), parents["image"].preprocessing
         fed = {"size": config.augment.size, "mean": list(config.augment.mean), "std": list(config.augment.std)}
         wanted = {name: known.get(name, value) for name, value in fed.items()} | {"size": sizes.img_size}
-        differ = [f"augment.{name} is {value}, there {wanted[name]}" for name, value in fed.items() if value != wanted[name]]
+        differ = [f"augment.{name} is {fed[name]}, there {wanted[name]}" for name in fed if fed[name] != wanted[name]]
         if config.data.channels != sizes.in_chans:
             differ.append(f"data.channels is {config.data.channels}, there {sizes.in_chans}")
         if differ:
@@ -353,7 +358,9 @@ def check_parents(config: Config, parents: dict[str, Artifact], tokens: Any) -> 
         if config.max_length > limit:
             raise InputError(f"max_length {config.max_length} exceeds the {limit} positions of {parents['text'].path}")
         if tokenizer.style_of(tokens) != "encoder":
-            raise InputError(f"the tokenizer of {parents['text'].path} does not close a text; train it with style: encoder")
+            raise InputError(
+                f"the tokenizer of {parents['text'].path} does not close a text; train it as style: encoder"
+            )
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
@@ -368,8 +375,8 @@ def embed_images(clip: CLIP, pixels: Tensor, batch: int = 256) -> Tensor:
 @torch.no_grad()
 def embed_texts(clip: CLIP, table: dict[str, Tensor], batch: int = 256) -> Tensor:
     """Rows of ``tokenize`` -> (N, D) on the CPU."""
-    parts = zip(table["input_ids"].split(batch), table["attention_mask"].split(batch), strict=True)
-    return torch.cat([clip.encode_text(ids.to(distributed.device()), mask.to(distributed.device())).cpu() for ids, mask in parts])
+    stacked = torch.stack([table["input_ids"], table["attention_mask"]])  # (2, N, T)
+    return torch.cat([clip.encode_text(*part.to(distributed.device())).cpu() for part in stacked.split(batch, dim=1)])
 
 
 class HeldOut(NamedTuple):
@@ -467,7 +474,8 @@ def retrieval_sheet(clip: CLIP, held: HeldOut, view: EvalConfig, n: int = 10, k:
     text = embed_texts(clip, {name: table[asked] for name, table in held.text.items()})
     found = (text @ embed_images(clip, held.pixels).T).topk(min(k, len(held.pixels)), dim=1).indices  # (n, k)
     pictures = denormalise(held.pixels[found], view.mean, view.std)
-    return captioned_rows([held.captions[i] for i in asked], pictures, held.owner[found] == torch.tensor(asked)[:, None])
+    right = held.owner[found] == torch.tensor(asked)[:, None]
+    return captioned_rows([held.captions[i] for i in asked], pictures, right)
 
 
 def main(config: Config) -> Artifact:
@@ -509,7 +517,8 @@ def main(config: Config) -> Artifact:
             if config.evaluation.zero_shot:
                 scores.append(zero_shot(clip, before, config.evaluation.zero_shot, view, tokens, config.max_length))
             scores += retrieval(clip, before, held)
-            run.picture("retrieval", retrieval_sheet(clip, held, view), "Held-out captions and the pictures they find first")
+            sheet = retrieval_sheet(clip, held, view)
+            run.picture("retrieval", sheet, "Held-out captions and the pictures they find first")
         return run.publish(
             WRITES,
             lambda folder: save(clip.model, tokens, view, config.max_length, folder),
@@ -521,8 +530,14 @@ def main(config: Config) -> Artifact:
                 "projection_dim": config.projection_dim,
                 "parameters": language.size(clip.model),
             },
-            preprocessing=vit.preprocessing(view) | {"tokenizer": tokenizer.digest(tokens), "max_length": config.max_length},
-            data={"fingerprint": pairs.fingerprint, "captions": len(pairs), "pictures": len(pairs.images), "skipped": len(pairs.skipped)},
+            preprocessing=vit.preprocessing(view)
+            | {"tokenizer": tokenizer.digest(tokens), "max_length": config.max_length},
+            data={
+                "fingerprint": pairs.fingerprint,
+                "captions": len(pairs),
+                "pictures": len(pairs.images),
+                "skipped": len(pairs.skipped),
+            },
             step=steps,
         )
 

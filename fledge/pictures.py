@@ -23,7 +23,7 @@ def picture_grid(rows: Tensor, columns: int = 4, scale: int | None = None) -> Im
 
 
 def captioned_rows(captions: list[str], rows: Tensor, framed: Tensor) -> Image.Image:
-    """n captions and (n, k, C, H, W) uint8 -> one picture: a caption a line, its k pictures below, framed (n, k) ones green."""
+    """n captions and (n, k, C, H, W) uint8 -> one picture: a caption, below it its k; framed (n, k) ones are."""
     n, k, C, H, W = rows.shape
     scale = max(1, 64 // H)
     height, width, gap, line = H * scale, W * scale, 6, 22
@@ -31,7 +31,7 @@ def captioned_rows(captions: list[str], rows: Tensor, framed: Tensor) -> Image.I
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for i, caption in enumerate(captions):
         top = i * (height + line + 2 * gap)
-        printable = caption.encode("ascii", "backslashreplace").decode()  # the font that ships with Pillow knows no more
+        printable = caption.encode("ascii", "backslashreplace").decode()  # Pillow's own font knows no more
         pen.text((gap, top + 3), printable if len(printable) < 66 else printable[:65] + "...", fill="black", font=font)
         for j, pixels in enumerate(rows[i].expand(k, 3, H, W)):
             left = gap + j * (width + gap)

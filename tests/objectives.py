@@ -35,13 +35,15 @@ def _packed(seed: int, rows: int = BATCH, length: int = 12, low: int = 10, high:
 
 
 def mae() -> tuple[nn.Module, dict[str, Tensor]]:
+    from fledge.data.augment import AugmentConfig
     from fledge.data.images import ImagesConfig
     from fledge.models.vit import ViTConfig
     from pretrain.mae import MAE, Config, Decoder
 
     sizes = ViTConfig(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)
     data = ImagesConfig(source="folder", path="unused")
-    objective = MAE(Config(data=data, model=sizes, decoder=Decoder(embed_dim=8, depth=2, num_heads=2)))
+    decoder = Decoder(embed_dim=8, depth=2, num_heads=2)
+    objective = MAE(Config(data=data, augment=AugmentConfig(size=16), model=sizes, decoder=decoder))
     return objective, {"image": torch.randn(BATCH, 3, 16, 16), "noise": torch.rand(BATCH, 16)}
 
 
@@ -53,7 +55,28 @@ def clm() -> tuple[nn.Module, dict[str, Tensor]]:
     return CLM(build_causal(sizes, _tokenizer())), _packed(1)
 
 
-BUILDERS = {"mae": mae, "clm": clm}
+def clip() -> tuple[nn.Module, dict[str, Tensor]]:
+    from align.clip import CLIP, Config, dual_encoder, tokenize
+    from fledge.data.pairs import PairsConfig
+    from fledge.data.tokenizer import TokenizerConfig, train
+    from fledge.models.language import EncoderConfig
+    from fledge.models.vit import ViTConfig
+
+    captions = ["fox", "a lazy dog", "ten tall trees", "the quick brown fox", "dog", "over", "it jumps away", "runs"]
+    tokens = train(TokenizerConfig(style="encoder", vocab_size=300), captions)
+    config = Config(
+        data=PairsConfig(path="unused"),
+        augment={"size": 16},
+        image_model=ViTConfig(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2),
+        text_model=EncoderConfig(embed_dim=16, depth=2, num_heads=2, context_length=32, dropout=0.0),
+        max_length=32,
+        projection_dim=8,
+    )
+    objective = CLIP(dual_encoder(config, {}, tokens, say=lambda report: None), rows=BATCH)
+    return objective, {"image": torch.randn(BATCH, 3, 16, 16)} | tokenize(tokens, captions, config.max_length)
+
+
+BUILDERS = {"mae": mae, "clm": clm, "clip": clip}
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, dict[str, Tensor]]:
