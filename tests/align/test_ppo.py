@@ -179,6 +179,59 @@ def test_rewards_and_advantages_of_a_rollout_by_hand():
         assert r["advantages"][row, t].item() == pytest.approx(advantage, abs=1e-4)
 
 
+def test_answers_are_drawn_at_the_temperature_of_the_rollout():
+    settings = config(batch=4000, rollout=ppo.Rollout(batch=4000, max_new_tokens=1, temperature=0.4))
+    stream = build(settings, prompts=[PROMPTS[0]])
+    stream.begin(0)
+    said = stream.rollout["input_ids"][:, -1].bincount(minlength=V) / 4000
+    with torch.no_grad():
+        logits = stream.objective.policy(torch.tensor([PROMPTS[0]])).logits[0, -1]
+    assert (said - (logits / 0.4).softmax(-1)).abs().max() < 4 * math.sqrt(0.25 / 4000)
+    assert (said - logits.softmax(-1)).abs().max() > 6 * math.sqrt(0.25 / 4000), "the test would not see the difference"
+
+
+def test_losses_are_means_over_tokens_with_the_published_weights():
+    """Token by token from logits of single rows, on a rollout whose old log-probabilities were moved."""
+    stream = build(config(batch=12), dtype=torch.float64)
+    batch = dict(roll(stream))
+    objective = stream.objective
+    assert objective.weights == {"policy_loss": 1.0, "value_loss": 0.1}
+    batch["old_logprobs"] = batch["old_logprobs"] + 0.2
+    batch["old_values"] = batch["old_values"] - 0.3
+    out, counts = objective(batch, 0), objective.counts(batch)
+    policy_loss = value_loss = tokens = 0
+    for row in range(12):
+        for t in range(int(batch["response_mask"][row].sum())):
+            a, r, v = (batch[name][row, t].item() for name in ("advantages", "returns", "old_values"))
+            policy_loss += max(-a * math.exp(-0.2), -a * max(math.exp(-0.2), 0.8))
+            value_loss += 0.5 * max((v + 0.3 - r) ** 2, (v + 0.2 - r) ** 2)
+            tokens += 1
+    assert counts["policy_loss"] == counts["value_loss"] == counts["entropy"] == tokens
+    assert counts["objective/kl"] == 12
+    assert out["policy_loss"].item() / tokens == pytest.approx(policy_loss / tokens, abs=1e-5)
+    assert out["value_loss"].item() / tokens == pytest.approx(value_loss / tokens, abs=1e-5)
+    assert out["ratio"].item() / tokens == pytest.approx(math.exp(-0.2), abs=1e-5)
+
+
+def test_score_after_eos_is_a_mode():
+    """Where the answer ended early, the score stands one position on, and the value after its end takes part."""
+    stream = build(config(ppo=ppo.Algorithm(num_ppo_epochs=2, reward_at="after_eos", gae_lambda=1.0)))
+    r = roll(stream)
+    early = (r["objective/length"] < 6).nonzero().flatten().tolist()
+    P = r["input_ids"].shape[1] - 6
+    for row in early:
+        end = int(r["objective/length"][row])
+        assert r["reward_mask"][row].sum() == end + 1 and r["response_mask"][row].sum() == end
+        prompt = PROMPTS[stream.prompt_ids(0)[row]]
+        answer = r["input_ids"][row, P : P + end].tolist()
+        with torch.no_grad():
+            hidden = stream.objective.value.trunk(torch.tensor([prompt + answer])).last_hidden_state[0, -1]
+            assert r["old_values"][row, end].item() == pytest.approx(
+                stream.objective.value.head(hidden).item(), abs=1e-5
+            )
+        assert r["returns"][row, end].item() == pytest.approx(r["objective/score"][row].item(), abs=1e-5)
+
+
 # --------------------------------------------------------------------------------------- what must not matter
 
 
@@ -254,6 +307,14 @@ def test_an_answer_depends_on_seed_iteration_and_row_only():
     assert b.iteration == 1 and not torch.equal(a.rollout["input_ids"], b.rollout["input_ids"])
     seeds = [tuple(row) for row in a.rollout["input_ids"].tolist()]
     assert len(set(seeds)) > 8, "the same prompt twice gets two answers"
+
+
+def test_a_new_iteration_brings_new_answers_to_the_same_prompt():
+    stream = build(config(), prompts=[PROMPTS[0]])
+    stream.begin(0)
+    first = stream.rollout["input_ids"]
+    stream.begin(6)
+    assert not torch.equal(first, stream.rollout["input_ids"])
 
 
 def test_every_pass_over_the_prompts_sees_each_once():
