@@ -65,5 +65,51 @@ def trace_ids(path: Path) -> None:
     DataStream.fetch = fetch  # type: ignore[method-assign]
 
 
+def out_of_order(steps: int, settle: bool = True) -> None:
+    """Train, or go on training, a network whose layers are registered in another order than they run in."""
+    from typing import Literal
+
+    import torch
+    import torch.nn.functional as F
+
+    from fledge import distributed
+    from fledge import train as loop
+    from fledge.config import StageConfig
+    from fledge.optim import OptimConfig, adamw
+    from fledge.stream import DataStream
+    from fledge.track import Run
+
+    class Toy(StageConfig):
+        stage: Literal["pretrain.toy"] = "pretrain.toy"
+        train: loop.TrainConfig
+
+    class Network(torch.nn.Module):
+        weights = {"loss": 1.0}
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.third, self.first, self.second = (torch.nn.Linear(13, 13) for _ in range(3))
+
+        def counts(self, batch):
+            return {"loss": len(batch["x"])}
+
+        def forward(self, batch, step):
+            hidden = F.dropout(self.first(batch["x"]).tanh(), 0.1)
+            return {"loss": (self.third(self.second(hidden).tanh()) - batch["x"].flip(1)).square().sum()}
+
+    def rows(ids, seeds):
+        return {"x": torch.stack([torch.randn(13, generator=torch.Generator().manual_seed(s)) for s in seeds])}
+
+    if not settle:
+        loop.settle_buckets = lambda *args: True
+    distributed.setup("cpu")
+    config = Toy(train=loop.TrainConfig(batch=16, steps=steps, precision="fp32"))
+    torch.manual_seed(1)
+    network = Network()
+    optim = adamw([{"params": list(network.parameters())}], OptimConfig(lr=0.01, decay="constant"), batch=16, steps=steps, steps_per_epoch=2)
+    with Run.open(config.model_copy(update={"train": config.train.model_copy(update={"steps": 0})})) as run:
+        loop.fit(network, DataStream(40, rows, batch=16, seed=2), optim, config.train, run, steps=steps, seed=3)
+
+
 if __name__ == "__main__":
     stage(sys.argv[1], json.loads(Path(sys.argv[2]).read_text()))
