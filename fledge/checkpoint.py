@@ -12,22 +12,21 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fledge import files
+from fledge import distributed, files
 from fledge.errors import InputError, RunError
 
 FORMAT = 1
 STATE = "state.json"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: di
                 "untouched; make room or give write access and start the run again: it goes on from the last one"
             ) from reason
 
-    _on_main(publish)
+    distributed.on_main(publish)
     return root / _name(step)
 
 
@@ -84,30 +83,11 @@ def newest(root: Path) -> Checkpoint | None:
         files.sweep(root)
         return next((step for step in reversed(_steps(root)) if _verified(root, step)), None)
 
-    step = _on_main(find)
+    step = distributed.on_main(find)
     if step is None:
         return None
     path = root / _name(step)
     return Checkpoint(step, path, json.loads((path / STATE).read_text(encoding="utf-8")))
-
-
-def _on_main(work: Callable[[], T]) -> T:
-    """Rank 0's result on every rank, or its error: no rank goes on before it, or waits for one that has failed."""
-    from fledge import distributed
-
-    result = error = None
-    if distributed.is_main():
-        try:
-            result = work()
-        except Exception as reason:
-            error = reason
-    if distributed.world_size() > 1:
-        plain = error if isinstance(error, InputError | RunError) or error is None else RunError(repr(error))
-        result, told = distributed.broadcast_object((result, plain))
-        error = error or told
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]
 
 
 def _name(step: int) -> str:

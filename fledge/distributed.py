@@ -5,17 +5,21 @@ was asked for is checked against the one that runs: ``accelerate launch --cpu --
 on one process without a word.
 """
 
+import atexit
 import os
-from typing import TYPE_CHECKING, Any
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from fledge.errors import InputError
+from fledge.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+T = TypeVar("T")
 _accelerator: "Accelerator | None" = None
 
 
@@ -43,9 +47,16 @@ def setup(device: str = "auto") -> torch.device:
                 f"launched for {asked} processes, but {_accelerator.num_processes} joined; "
                 "on a machine without GPUs use torchrun, or accelerate launch --multi_gpu"
             )
+        atexit.register(leave)
     if _accelerator.device.type != wanted:
         raise InputError(f"train.device: {device}, but this process already runs on {_accelerator.device.type}")
     return _accelerator.device
+
+
+def leave() -> None:
+    """End the process group, if there is one: a process that ends inside of it may abort on the way out."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def device() -> torch.device:
@@ -77,6 +88,26 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Rank 0's result of ``work`` on every rank, or its error: no rank goes on before it, or waits for one that failed.
+
+    The result must be picklable. InputError and RunError arrive as they are, any other error as a RunError.
+    """
+    result = error = None
+    if is_main():
+        try:
+            result = work()
+        except Exception as reason:  # noqa: BLE001  (raised again below, on every rank)
+            error = reason
+    if world_size() > 1:
+        plain = error if isinstance(error, InputError | RunError) or error is None else RunError(repr(error))
+        result, told = broadcast_object((result, plain))
+        error = error or told
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
 
 
 def all_reduce_sum(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -135,6 +166,8 @@ def wrap(module: torch.nn.Module) -> torch.nn.Module:
     """Place ``module`` on this rank's device and, on several ranks, under DDP."""
     if _accelerator is None:
         return module
-    wrapped = _accelerator.prepare_model(module.to(_accelerator.device))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # Accelerate's to change
+        wrapped = _accelerator.prepare_model(module.to(_accelerator.device))
     _accelerator.free_memory()  # the accelerator would keep every stage's model alive
     return wrapped

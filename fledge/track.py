@@ -403,9 +403,7 @@ class Run:
 
         track: TrackConfig | None = getattr(config, "track", None)
         mode = wandb_mode(track.wandb) if track is not None else "off"
-        if run.main:
-            run._start(mode)
-        distributed.barrier()  # nobody looks for checkpoints before it is settled whose folder this is
+        distributed.on_main(lambda: run._start(mode))  # nobody looks for checkpoints before it is settled whose they are
         return run
 
     def _start(self, mode: str) -> None:
@@ -559,7 +557,8 @@ class Run:
         from fledge import artifact, distributed
 
         path = self.dir / "artifact"
-        if self.main:
+
+        def hand_over() -> None:
             self.finish_progress()
             artifact.write(
                 path, kind=kind, save=save, config=dump(self.config), parents=self.parents or None, origin=origin,
@@ -570,7 +569,8 @@ class Run:
             for score in scores:
                 self.say(sentence(score))
             self.close("finished", step=step)
-        distributed.barrier()
+
+        distributed.on_main(hand_over)
         return artifact.open(path, kind)
 
     def finish_progress(self) -> None:
