@@ -21,6 +21,7 @@ from align import judge, rlhf
 from align.rollout import (
     FunctionScorer,
     ModelScorer,
+    PromptsConfig,
     Scorer,
     ValueModel,
     answer,
@@ -38,7 +39,7 @@ from fledge import artifact, distributed
 from fledge.artifact import Artifact
 from fledge.config import Config as BaseConfig
 from fledge.config import StageConfig, hardware, parent, resolve
-from fledge.data.chats import Prompts, RecordsConfig
+from fledge.data.chats import Prompts
 from fledge.errors import InputError
 from fledge.models import language
 from fledge.optim import OptimConfig, adamw
@@ -141,8 +142,7 @@ class Config(StageConfig):
 
     stage: Literal["align.ppo"] = "align.ppo"
     parents: Parents = Parents()
-    data: RecordsConfig
-    """Prompts; ``max_length`` is the most tokens of a prompt alone."""
+    data: PromptsConfig = PromptsConfig()
     reward: str | None = None
     """``module:function``, called with the prompts' records and the responses; None: the parent reward model."""
     judge: str | None = None

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,26 +30,29 @@ Reward = Callable[[list[dict], list[str]], Sequence[float]]
 # -------------------------------------------------------------------------------------------------- prompts and answers
 
 
-def read_prompts(config: RecordsConfig, tokenizer: Any, split: Split) -> Prompts:
+class PromptsConfig(RecordsConfig):
+    """Prompts of any records: chats, preferences, or prompts alone. ``max_length`` is that of a prompt alone."""
+
+    world_part: ClassVar[str] = "questions"
+    messages: str = "messages"
+    """The field with a list of {role, content}; its last answer is left off. Records without it have a prompt."""
+
+
+def read_prompts(config: PromptsConfig, tokenizer: Any, split: Split) -> Prompts:
     """The prompts of a split, each once; answers that stand behind them are left off."""
     if config.source == "world":
-        found = [(f"world:{n}", dict(record)) for n, record in enumerate(world.questions(split))]
+        found = ((f"world:{n}", dict(record)) for n, record in enumerate(world.questions(split)))
     else:
-        found = list(chats.read(config, split))
+        found = chats.read(config, split)
     records = []
     for where, record in found:
-        messages = chats.as_messages(chats.prompt_of(config, record, where), "user", where)
+        said = record.get(config.messages)
+        messages = chats.as_messages(chats.prompt_of(config, record, where) if said is None else said, "user", where)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         records.append({**record, "prompt": messages})
-    return Prompts(
-        records,
-        tokenizer,
-        split=split,
-        template=config.template,
-        max_length=config.max_length,
-        overlong=config.overlong,
-    )
+    form = {"template": config.template, "max_length": config.max_length, "overlong": config.overlong}
+    return Prompts(records, tokenizer, split=split, **form)
 
 
 def answer(

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from align import ppo, rollout
-from fledge.data.chats import RecordsConfig
 
 V, EOS, PAD = 11, 2, 0
 
@@ -74,7 +73,7 @@ def config(batch=4, rows=12, **kw):
         "ppo": ppo.Algorithm(num_ppo_epochs=2),
         "train": ppo.Train(batch=batch, steps=12, precision="fp32"),
     }
-    return ppo.Config(data=RecordsConfig(), **{**sections, **kw})
+    return ppo.Config(**{**sections, **kw})
 
 
 def build(settings, policy=None, tokenizer=None, prompts=None, dtype=torch.float32, scorer=None):

@@ -1,0 +1,146 @@
+"""PPO as a stage: folder in, folder out, with a function and with a reward model; and the inputs that it refuses."""
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from align import ppo, reward
+from fledge import artifact
+from fledge.errors import InputError
+
+NAMES = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Prompts, a reward function in a file, a tiny chat model and a tiny reward model that share a tokenizer."""
+    from fledge.data import tokenizer
+    from fledge.models import language
+
+    folder = tmp_path_factory.mktemp("ppo")
+    lines = [f'{{"prompt": "{a} {b}?", "liked": "{a}"}}' for a in NAMES for b in NAMES]
+    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "likes.py").write_text(
+        "def first_letter(records, responses):\n"
+        "    return [float(text.startswith(record['liked'][0])) for record, text in zip(records, responses)]\n"
+    )
+    settings = tokenizer.TokenizerConfig(kind="char", vocab_size=64, min_frequency=1)
+    tokens = tokenizer.train(settings, [f"{a} {b}?" for a in NAMES for b in NAMES])
+    torch.manual_seed(0)
+    sizes = language.CausalConfig(arch="llama", embed_dim=16, depth=2, num_heads=2, context_length=48)
+    chat = artifact.write(
+        folder / "chat",
+        kind="chat-model",
+        save=lambda at: language.save(language.build_causal(sizes, tokens), tokens, at),
+        config="stage: finetune.sft\n",
+        architecture={},
+        preprocessing={"tokenizer": tokenizer.digest(tokens)},
+    )
+    model = reward.build(chat, tokens, 0)
+    model.config.reward_offset, model.config.reward_scale = 0.1, 2.0
+    artifact.write(
+        folder / "reward",
+        kind="reward-model",
+        save=lambda at: language.save(model, tokens, at),
+        config="stage: align.reward\n",
+        architecture={},
+        preprocessing={"tokenizer": tokenizer.digest(tokens)},
+    )
+    return folder
+
+
+def settings(home, **kw):
+    return ppo.Config.model_validate(
+        {
+            "out": str(home / "runs"),
+            "parents": {"policy": str(home / "chat")},
+            "data": {"source": "files", "path": str(home / "prompts.jsonl"), "max_length": 24, "test_fraction": 0.3},
+            "rollout": {"batch": 16, "max_new_tokens": 6},
+            "ppo": {"num_ppo_epochs": 2},
+            "train": {"batch": 8, "steps": 8, "precision": "fp32", "device": "cpu"},
+            "evaluation": {"prompts": 6},
+            "track": {"wandb": "off"},
+            **kw,
+        }
+    )
+
+
+def test_a_function_as_reward(home, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.chdir(home)
+    value = {"init": "policy", "head": "zero"}
+    made = ppo.main(settings(home, name="function", reward="likes:first_letter", value=value))
+    assert made.kind == "chat-model" and set(made.parents) == {"policy"}
+    scores = {score["metric"]: score for score in made.scores}
+    assert set(scores) == {"reward", "gain in reward"} and scores["reward"]["before"] is not None
+    gain = scores["reward"]["after"] - scores["reward"]["before"]
+    assert scores["gain in reward"]["after"] == pytest.approx(gain, abs=1e-6)
+    assert "trained on this reward" in scores["reward"]["note"] and made.metrics["kl"] >= 0
+    before = artifact.open(home / "chat").tensors()
+    after = AutoModelForCausalLM.from_pretrained(made.path).state_dict()
+    moved = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
+    assert len(moved) > len(before) / 2 and not any(name.startswith("value") for name in after)
+    assert AutoTokenizer.from_pretrained(made.path).chat_template
+
+
+def test_a_reward_model_and_a_judge(home, monkeypatch):
+    monkeypatch.chdir(home)
+    parents = {"policy": str(home / "chat"), "reward": str(home / "reward")}
+    made = ppo.main(settings(home, name="model", parents=parents, judge="likes:first_letter"))
+    assert set(made.parents) == {"policy", "reward"}
+    assert [score["metric"] for score in made.scores] == ["first_letter", "gain in first_letter"]
+    assert "trained on" not in made.scores[0]["note"]
+    lines = (home / "runs" / "model" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 8 and '"train/objective/kl"' in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"value": {"init": "policy", "head": "zero"}}, "needs a reward"),
+        ({"reward": "likes:first_letter"}, "value.init is reward"),
+        ({"reward": "likes:nothing", "value": {"init": "policy", "head": "zero"}}, "likes:nothing"),
+        ({"rollout": {"batch": 16, "max_new_tokens": 40}}, "48 positions"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_trained(home, monkeypatch, change, words):
+    monkeypatch.chdir(home)
+    with pytest.raises(InputError, match=words):
+        ppo.main(settings(home, name="refused", **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rollout": {"batch": 12}}, "not a multiple of train.batch"),
+        ({"value": {"init": "policy"}}, "value.head is reward"),
+        ({"rollout": {"temperature": 0.0}}, "greater than 0"),
+    ],
+)
+def test_contradictions_in_the_config(home, change, words):
+    with pytest.raises(ValidationError, match=words):
+        settings(home, **change)
+
+
+def test_defaults_are_the_published_recipe():
+    """Huang et al. 2024, TL;DR: https://arxiv.org/abs/2403.17031, and the table of its code's arguments."""
+    c = ppo.Config()
+    assert (c.rollout.batch, c.train.batch, c.ppo.num_ppo_epochs) == (512, 512, 4)
+    assert (c.rollout.max_new_tokens, c.rollout.temperature, c.rollout.missing_eos_penalty) == (53, 0.7, 1.0)
+    assert (c.rollout.missing_eos, c.kl.coef, c.kl.estimator, c.kl.target) == ("replace", 0.05, "k1", None)
+    assert (c.ppo.cliprange, c.ppo.cliprange_value, c.ppo.vf_coef, c.ppo.gamma, c.ppo.gae_lambda) == (
+        0.2,
+        0.2,
+        0.1,
+        1,
+        0.95,
+    )
+    assert (c.ppo.whiten_rewards, c.ppo.unbiased_whitening, c.value.init, c.value.head) == (
+        False,
+        False,
+        "reward",
+        "reward",
+    )
+    assert (c.optim.lr, c.optim.eps, c.optim.clip, c.optim.decay, c.optim.min_lr) == (3e-6, 1e-5, None, "linear", 0.0)
+    assert c.train.steps * c.train.batch // c.ppo.num_ppo_epochs == pytest.approx(1_000_000, rel=1e-3)
