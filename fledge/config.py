@@ -246,8 +246,10 @@ class Tree:
                 self.problems.append(f"{place}  {dotted(key)}  {dotted(key[: i + 1])} is no section, it has no keys")
                 return
         old = section.get(key[-1])
-        both = isinstance(value, dict) and isinstance(old, dict)
-        if not both or value.get("source", old.get("source")) != old.get("source"):
+        merges = isinstance(value, dict) and isinstance(old, dict)
+        if isinstance(value, dict) and isinstance(old, dict):
+            merges = value.get("source", old.get("source")) == old.get("source")
+        if not merges:
             self.places = {k: p for k, p in self.places.items() if k[: len(key)] != key}
             section[key[-1]] = {} if isinstance(value, dict) else value
         self.places[key] = place
@@ -595,7 +597,7 @@ def _step(annotation: Any, part: str | int) -> Any:
     if model := _model(annotation):
         info = model.model_fields.get(str(part))
         return info.annotation if info else None
-    args = typing.get_args(annotation)
+    args: tuple[Any, ...] = typing.get_args(annotation)
     origin = typing.get_origin(annotation)
     if origin is dict:
         return args[1]

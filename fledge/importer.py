@@ -94,13 +94,14 @@ def _timm(kind: str, folder: Path) -> dict[str, Any]:
     """A plain ViT of timm, rebuilt as ours and shown to be the same function."""
     import timm
     import torch
+    from timm.data import resolve_data_config
 
     from fledge.models import vit
 
     if "architecture" not in _description(folder):
         raise InputError(f"{folder} is no timm folder (no `architecture` in config.json); a {kind} is read by timm")
     try:
-        model = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=True).eval()
+        model: Any = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=True).eval()
     except Exception as error:
         raise InputError(f"{folder} cannot be read as a timm model ({_words(error)})") from error
     sizes = _vit_sizes(model, folder)
@@ -118,7 +119,7 @@ def _timm(kind: str, folder: Path) -> dict[str, Any]:
             f"{folder} is not a plain ViT: rebuilt from its sizes it computes something else; expected patches, "
             "class token, pre-norm blocks, and the class token as its feature"
         )
-    given = timm.data.resolve_data_config({}, model=model)
+    given = resolve_data_config({}, model=model)
     view = {"mean": list(given["mean"]), "std": list(given["std"]), "size": sizes.img_size}
     view["resize"] = round(sizes.img_size / float(given.get("crop_pct") or 1.0))
     labels = model.pretrained_cfg.get("label_names") or [str(i) for i in range(classes)]
@@ -136,7 +137,8 @@ def _vit_sizes(model: Any, folder: Path) -> Any:
 
     if type(model) is not VisionTransformer:
         raise InputError(f"{folder} is a {type(model).__name__}, expected timm's VisionTransformer")
-    patch, block = model.patch_embed, model.blocks[0]
+    patch: Any = model.patch_embed
+    block: Any = model.blocks[0]
     if patch.img_size[0] != patch.img_size[1] or patch.patch_size[0] != patch.patch_size[1]:
         raise InputError(
             f"{folder} reads pictures of {patch.img_size} in patches of {patch.patch_size}, expected squares"

@@ -414,11 +414,10 @@ def _read_identity(folder: Path) -> dict[str, Any]:
     try:
         old = json.loads((folder / "identity.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        what = "is no folder" if folder.exists() and not folder.is_dir() else "is no run of fledge"
-        detail = "" if isinstance(error, FileNotFoundError | NotADirectoryError) else f" ({error})"
+        absent = isinstance(error, FileNotFoundError | NotADirectoryError)
+        what = "it has no identity.json" if absent else f"identity.json cannot be read ({error})"
         raise InputError(
-            f"{folder} exists and {what}: identity.json cannot be read{detail}; "
-            "move it away, or choose another --out or name"
+            f"{folder} exists and is no run of fledge: {what}; move it away, or choose another --out or name"
         ) from None
     return old if isinstance(old, dict) else {}
 
@@ -600,16 +599,7 @@ def _on_main(work: Callable[[], Any]) -> Any:
         return work()
     from fledge import distributed
 
-    outcome: tuple[Any, Exception | None] = (None, None)
-    if distributed.is_main():
-        try:
-            outcome = (work(), None)
-        except Exception as error:  # noqa: BLE001  (raised again below, on every rank)
-            outcome = (None, error)
-    result, error = distributed.broadcast_object(outcome)
-    if error is not None:
-        raise error
-    return result
+    return distributed.on_main(work)
 
 
 def say(text: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fledge import config as configs
 from fledge import recipe
 
 ROOT = Path(__file__).parents[2]
@@ -92,5 +93,12 @@ SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_shipped_yaml_loads(path, monkeypatch):
+    """Through the code that runs it; a stage's parents are given on its command line, and data need not be there."""
     monkeypatch.setenv("FLEDGE_DATA", "/nowhere")
-    recipe.load(path)
+    tree = configs.read(path)
+    if "stages" in tree.data:
+        recipe.load(path)
+    else:
+        roles = configs.roles(recipe.import_stage(tree.data["stage"], "").Config)
+        absent = [role for role in roles if roles[role].required and not (tree.data.get("parents") or {}).get(role)]
+        recipe.load(path, [f"parents.{role}=runs/parent/artifact" for role in absent])
