@@ -1,6 +1,6 @@
 """Proximal policy optimisation from a reward (Schulman et al. 2017; Ziegler et al. 2019; Ouyang et al. 2022).
 
-    python -m align.ppo configs/align/ppo_nplus.yaml
+    python -m align.ppo configs/align/ppo_world.yaml
 
 An iteration: answer ``rollout.batch`` prompts with the live policy; score the answers; subtract the KL to the reference
 token by token; estimate advantages; then pass over them ``num_ppo_epochs`` times in minibatches of ``train.batch``.
