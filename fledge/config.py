@@ -612,7 +612,8 @@ def describe(annotation: Any) -> str:
     if len(members) > 1:
         return " or ".join(dict.fromkeys(describe(member) for member in members))
     annotation = _strip(annotation)
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    origin: Any = typing.get_origin(annotation)
+    args: list[Any] = list(typing.get_args(annotation))
     if origin is Literal:
         return "one of " + ", ".join(map(str, args)) if len(args) > 1 else str(args[0])
     if origin in (list, tuple):

@@ -94,7 +94,7 @@ def _timm(kind: str, folder: Path) -> dict[str, Any]:
     """A plain ViT of timm, rebuilt as ours and shown to be the same function."""
     import timm
     import torch
-    from timm.data import resolve_data_config
+    from timm.data.config import resolve_data_config
 
     from fledge.models import vit
 
