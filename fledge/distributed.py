@@ -36,6 +36,11 @@ def setup(device: str = "auto") -> torch.device:
         found = ", ".join(name for name, there in available.items() if there)
         raise InputError(f"train.device: {device} is not available here; found {found}. Use device: auto or one of these")
     if _accelerator is None:
+        if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+            raise InputError(  # what `accelerate launch --cpu --num_processes 2` leaves in the environment
+                "accelerate was asked for several processes, but has started one; use torchrun, or accelerate launch "
+                "--multi_gpu, which works without GPUs too (for one process, unset MASTER_PORT)"
+            )
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
         # Buffers are functions of globally reduced means, hence equal on every rank: nothing to broadcast.

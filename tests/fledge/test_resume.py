@@ -193,10 +193,9 @@ def placed(value: Any, folder: Path) -> Any:
 class World:
     """The data, two servers, and every uninterrupted run, each made once."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, calm: Forks, stormy: Forks) -> None:
+        self.root, self.calm, self.stormy = root, calm, stormy
         write_data(root)
-        self.calm, self.stormy = Forks(hash_seed=1), Forks(hash_seed=2)
 
     def config(self, name: str, **changes: Any) -> dict[str, Any]:
         """The whole config of a case; ``changes`` go into its train section."""
@@ -223,10 +222,9 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    made = World(tmp_path_factory.mktemp("resume"))
-    with made.calm, made.stormy:
-        yield made
+def world(tmp_path_factory, forks):
+    with Forks(hash_seed=2) as stormy:
+        yield World(tmp_path_factory.mktemp("resume"), forks, stormy)
 
 
 def run_of(name: str, folder: Path) -> Path:
