@@ -1,7 +1,7 @@
 """Sampling from a causal language model, with a cache of keys and values and one generator a row.
 
-B rows, P prompt positions (padded on the left), T new tokens, V vocabulary. What a row says depends on its own prompt and
-seed alone: not on its neighbours, their order or their padding (beyond the rounding of the forward).
+B rows, P prompt positions (padded on the left), T new tokens, V vocabulary. What a row says depends on its own prompt
+and seed alone: not on its neighbours, their order or their padding (beyond the rounding of the forward).
 """
 
 from collections.abc import Sequence

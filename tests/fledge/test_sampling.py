@@ -25,8 +25,8 @@ def tiny(arch, **kw):
 PROMPTS = [[5, 6, 7, 8], [9], [4, 10, 11], [12, 2]]
 
 
-def settings(n=len(PROMPTS), **kw):
-    return {"max_new_tokens": 9, "seeds": list(range(n)), "eos_id": EOS, "pad_id": PAD, **kw}
+def settings(**kw):
+    return {"max_new_tokens": 9, "seeds": list(range(len(PROMPTS))), "eos_id": EOS, "pad_id": PAD, **kw}
 
 
 def uncached(model, prompt, seed, temperature, max_new_tokens):
