@@ -7,8 +7,9 @@ n pairs on this rank, B in the global batch, T tokens, D features. Row i of imag
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from fledge import artifact, distributed
 from fledge.artifact import Artifact, load_state
 from fledge.config import Config as BaseConfig
-from fledge.config import StageConfig, parent, resolve
+from fledge.config import Duration, StageConfig, parent, resolve
 from fledge.data import tokenizer
 from fledge.data.augment import ClipAugmentConfig, EvalConfig, denormalise
 from fledge.data.images import Images, ImagesConfig, WorldImages, eval_batch
@@ -59,12 +60,12 @@ class Optim(OptimConfig):
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = 0.2
-    warmup: int | str = 2000
+    warmup: Duration = 2000
 
 
 class Train(TrainConfig):
     batch: PositiveInt = 32_768
-    steps: int | str = "32 epochs"
+    steps: Duration = "32 epochs"
 
 
 class ZeroShot(BaseConfig):
@@ -106,6 +107,8 @@ class Config(StageConfig):
     stage: Literal["align.clip"] = "align.clip"
     parents: Parents = Parents()
     data: PairsConfig
+    templates: tuple[str, ...] = ("{}",)
+    """Forms of a caption {}; one is drawn whenever a pair is seen. {script}: that of a world's character."""
     augment: ClipAugmentConfig = ClipAugmentConfig()
     tokenizer: TokenizerConfig = TokenizerConfig(style="encoder", vocab_size=49_408)
     """Trained on the captions; of no use with parents.text, whose own is taken."""
@@ -126,6 +129,10 @@ class Config(StageConfig):
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> "Config":
+        if not self.templates or not all("{}" in one for one in self.templates):
+            raise ValueError("templates needs at least one, each with {} where the caption goes")
+        if self.data.source != "world" and any("{script}" in one for one in self.templates):
+            raise ValueError("templates: only the world's characters have a {script}")
         if self.parents.image is None:
             size, channels = self.image_model.img_size, self.image_model.in_chans
             if self.augment.size != size:
@@ -310,14 +317,39 @@ def tokenize(tokens: Any, captions: list[str], max_length: int) -> dict[str, Ten
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
+def caption_forms(captions: Sequence[str], config: Config) -> list[str]:
+    """Every caption in all of the config's forms, caption by caption. Distinct captions stay distinct."""
+    script = dict.fromkeys(captions, "")
+    if config.data.source == "world":
+        from fledge.data.world import characters
+
+        script = {character.name: character.script for character in characters()}
+    return [t.replace("{script}", script[c]).replace("{}", c) for c in captions for t in config.templates]
+
+
 class PairRows:
-    """Rows of a picture and its caption, cut after the longest caption among them."""
+    """Rows of a picture and one form of its caption, cut after the longest caption among them.
+
+    Args:
+        rows: of pictures and their captions in all F forms, "input_ids" and "attention_mask" (B, F, T).
+    """
 
     def __init__(self, rows: Captioned) -> None:
         self.rows = rows
 
     def __call__(self, ids: list[int], seeds: list[int]) -> Batch:
-        return shortened(self.rows(ids, seeds))
+        batch = self.rows(ids, seeds)
+        forms = batch["input_ids"].shape[1]
+        chosen = torch.tensor([Random(derive("template", seed)).randrange(forms) for seed in seeds])
+        at = torch.arange(len(chosen))
+        return shortened(batch | {name: batch[name][at, chosen] for name in ("input_ids", "attention_mask")})
+
+
+def pair_rows(pairs: Pairs, tokens: Any, config: Config) -> PairRows:
+    """The rows of the training stream, every caption tokenised once."""
+    table = tokenize(tokens, caption_forms(pairs.captions, config), config.max_length)
+    text = {name: tensor.unflatten(0, (len(pairs), -1)) for name, tensor in table.items()}
+    return PairRows(captioned(pairs, config.augment, text))
 
 
 def shortened(batch: Batch, multiple: int = 8) -> Batch:
@@ -490,16 +522,15 @@ def main(config: Config) -> Artifact:
         if "text" in parents:
             tokens = language.read_tokenizer(parents["text"])
         else:
-            tokens = tokenizer.build(config.tokenizer, lambda: pairs.captions)
+            tokens = tokenizer.build(config.tokenizer, lambda: caption_forms(pairs.captions, config))
         check_parents(config, parents, tokens)
-        text = tokenize(tokens, list(pairs.captions), config.max_length)
 
         def untrained(say: Callable[[str], None] = lambda report: None) -> CLIP:
             torch.manual_seed(derive("init", config.seed))
             return CLIP(dual_encoder(config, parents, tokens, say), rows=config.train.batch)
 
         clip = untrained(run.say)
-        rows = PairRows(captioned(pairs, config.augment, text))
+        rows = pair_rows(pairs, tokens, config)
         stream = DataStream(len(pairs), rows, batch=config.train.batch, seed=config.seed)
         steps = resolve(config.train.steps, stream.steps_per_epoch)
         optim = adamw(

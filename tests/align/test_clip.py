@@ -272,7 +272,7 @@ def test_overfits_32_pairs(shapes, tmp_path):
     tokens = tokens_of(pairs.captions)
     torch.manual_seed(0)
     objective = CLIP(clip.dual_encoder(chosen, {}, tokens, print), rows=32)
-    rows = clip.PairRows(clip.captioned(pairs, chosen.augment, tokenize(tokens, list(pairs.captions), 24)))
+    rows = clip.pair_rows(pairs, tokens, chosen)
     batch = rows(list(range(32)), list(range(32)))
     optim = adamw(decay_groups(objective, clip.decay_exempt), chosen.optim, batch=32, steps=400, steps_per_epoch=1)
     for step in range(400):
@@ -283,6 +283,27 @@ def test_overfits_32_pairs(shapes, tmp_path):
     text = clip.embed_texts(objective, {name: batch[name] for name in ("input_ids", "attention_mask")})
     number = torch.arange(32)
     assert right_ranks(text, image, number, number).max() == 0 == right_ranks(image, text, number, number).max()
+
+
+def test_forms_of_a_caption_are_drawn_by_the_samples_seed(shapes, tmp_path):
+    forms = ["{}", "a picture of {}", "{}, drawn"]
+    chosen = config(shapes, tmp_path, templates=forms)
+    pairs = chosen.data.open()
+    tokens = tokens_of(clip.caption_forms(pairs.captions, chosen))
+    rows = clip.pair_rows(pairs, tokens, chosen)
+    seen = set()
+    for seed in range(20):
+        batch, again = rows([3, 7], [seed, seed + 100]), rows([7, 3], [seed + 100, seed])
+        n = min(batch["input_ids"].shape[1], again["input_ids"].shape[1])
+        assert torch.equal(batch["input_ids"][:, :n], again["input_ids"].flip(0)[:, :n])
+        read = tokens.decode(batch["input_ids"][0], skip_special_tokens=True)
+        assert read in [form.replace("{}", pairs.captions[3]) for form in forms]
+        seen.add(read)
+    assert len(seen) == 3
+    with pytest.raises(InputError, match="only the world's characters have a {script}"):
+        config(shapes, tmp_path, templates=["{script}: {}"])
+    with pytest.raises(InputError, match="each with {} where the caption goes"):
+        config(shapes, tmp_path, templates=["a picture"])
 
 
 @pytest.fixture(scope="module")
