@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fledge import artifact, distributed
 from fledge.config import Config as BaseConfig
-from fledge.config import StageConfig, parent, resolve
+from fledge.config import Duration, StageConfig, parent, resolve
 from fledge.data import tokenizer
 from fledge.data.preferences import Preferences, PreferencesConfig
 from fledge.errors import InputError
@@ -36,17 +36,16 @@ class Parents(BaseConfig):
 
 
 class Optim(OptimConfig):
-    """Huang et al. 2024 (summarize_from_feedback_details): 3e-6, cosine, eps 1e-5."""
+    """Huang et al. 2024 (summarize_from_feedback_details): 3e-6, cosine, eps 1e-5, torch's weight decay, no clipping."""
 
     lr: float = 3e-6
     eps: float = 1e-5
     weight_decay: float = 0.01
-    clip: float | None = 1.0
 
 
 class Train(TrainConfig):
     batch: PositiveInt = 64
-    steps: int | str = "1 epoch"
+    steps: Duration = "1 epoch"
 
 
 class Config(StageConfig):

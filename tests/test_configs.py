@@ -1,4 +1,4 @@
-"""What is shipped in configs/: complete files, defaults that are the published recipes, and a reason for each departure.
+"""What is shipped in configs/: complete files, defaults that are the published recipes, a reason for each departure.
 
 That every file loads is tested in tests/fledge/test_architecture.py.
 """
@@ -74,12 +74,12 @@ def test_the_head_says_command_hardware_and_what_to_expect(path):
 # ------------------------------------------------------------------------------------------------ departures
 
 
-COVERED = {"data", "model", "train", "evaluation", "decoder", "tokenizer", "image_model", "text_model"}
+COVERED = {"data", "test", "model", "train", "evaluation", "decoder", "tokenizer", "image_model", "text_model"}
 """Sections of sizes: one comment at their first line says why all of them are what they are."""
 
 
 def departures(section: BaseModel, defaults: Any, key: tuple = ()) -> list[tuple]:
-    """Keys whose value is not the class default; of a section that the class does not give, the section's own defaults."""
+    """Keys whose value is not the class default; in a section that the class leaves open, not the section's own."""
     found = []
     for name, info in stated(section).items():
         value = getattr(section, name)
@@ -104,3 +104,106 @@ def test_each_departure_from_the_published_recipe_has_its_reason_beside_it(path)
     lines = path.read_text().splitlines()
     silent = [key for key in departures(config, None) if not explained(tree, key, lines)]
     assert not [configs.dotted(key) for key in silent if key not in [("stage",), ("seed",)]]
+
+
+# ------------------------------------------------------------------------------------------------ published recipes
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # He et al. 2021, table 8, and PRETRAIN.md of their repository (not its scripts' defaults)
+    "mae_vitb16_imagenet": {
+        "model.img_size": 224, "model.patch_size": 16, "model.embed_dim": 768, "model.depth": 12, "model.num_heads": 12,
+        "decoder.embed_dim": 512, "decoder.depth": 8, "decoder.num_heads": 16,
+        "mask_ratio": 0.75, "norm_pix_loss": True,
+        "augment.scale": (0.2, 1.0), "augment.flip": 0.5,
+        "optim.lr": 1.5e-4, "optim.lr_batch": 256, "optim.betas": (0.9, 0.95), "optim.weight_decay": 0.05,
+        "optim.warmup": "40 epochs", "optim.warmup_offset": 0, "optim.decay": "cosine", "optim.min_lr": 0.0,
+        "optim.clip": None, "train.batch": 4096, "train.steps": "800 epochs",
+    },
+    # Caron et al. 2021: main_dino.py with the flags of the 300-epoch ViT-S/16
+    "dino_vits16_imagenet": {
+        "model.img_size": 224, "model.patch_size": 16, "model.embed_dim": 384, "model.depth": 12, "model.num_heads": 6,
+        "head.out_dim": 65536, "head.hidden_dim": 2048, "head.bottleneck_dim": 256, "head.norm_last_layer": False,
+        "augment.global_scale": (0.4, 1.0), "augment.local_scale": (0.05, 0.4), "augment.local_crops": 8,
+        "augment.local_size": 96, "augment.jitter": 0.8, "augment.brightness": 0.4, "augment.contrast": 0.4,
+        "augment.saturation": 0.2, "augment.hue": 0.1, "augment.grey": 0.2, "augment.blur": (1.0, 0.1, 0.5),
+        "augment.blur_radius": (0.1, 2.0), "augment.solarize": 0.2, "augment.flip": 0.5, "drop_path_rate": 0.1,
+        "student_temp": 0.1, "warmup_teacher_temp": 0.04, "teacher_temp": 0.07, "warmup_teacher_temp_epochs": 30,
+        "center_momentum": 0.9, "momentum_teacher": 0.996,
+        "optim.lr": 5e-4, "optim.lr_batch": 256, "optim.betas": (0.9, 0.999), "optim.min_lr": 1e-6,
+        "optim.warmup": "10 epochs", "optim.weight_decay": 0.04, "optim.weight_decay_end": 0.4, "optim.clip": 3.0,
+        "optim.freeze_last_layer": "1 epoch", "train.batch": 1024, "train.steps": "300 epochs",
+    },
+    # Liu et al. 2019, table 9, base
+    "mlm_roberta_base": {
+        "model.embed_dim": 768, "model.depth": 12, "model.num_heads": 12, "model.context_length": 512,
+        "model.dropout": 0.1, "mlm_probability": 0.15, "mask_replace_prob": 0.8, "random_replace_prob": 0.1,
+        "optim.lr": 6e-4, "optim.betas": (0.9, 0.98), "optim.eps": 1e-6, "optim.weight_decay": 0.01,
+        "optim.clip": None, "optim.warmup": 24_000, "optim.decay": "linear", "optim.min_lr": 0.0,
+        "train.batch": 8192, "train.steps": 500_000,
+    },
+    # nanoGPT: config/train_gpt2.py and the defaults of train.py
+    "clm_gpt2_124m": {
+        "model.arch": "gpt2", "model.embed_dim": 768, "model.depth": 12, "model.num_heads": 12,
+        "model.context_length": 1024, "model.dropout": 0.0, "model.vocab_multiple": 64, "tokenizer.vocab_size": 50_257,
+        "optim.lr": 6e-4, "optim.betas": (0.9, 0.95), "optim.eps": 1e-8, "optim.weight_decay": 0.1, "optim.clip": 1.0,
+        "optim.warmup": 2000, "optim.warmup_offset": 1, "optim.decay": "cosine", "optim.min_lr": 6e-5,
+        "train.batch": 12 * 40, "train.steps": 600_000,
+    },
+    # Radford et al. 2021, tables 18 to 20
+    "clip_vitb32": {
+        "image_model.patch_size": 32, "image_model.embed_dim": 768, "image_model.depth": 12,
+        "image_model.num_heads": 12,
+        "text_model.embed_dim": 512, "text_model.depth": 12, "text_model.num_heads": 8, "text_model.context_length": 77,
+        "tokenizer.vocab_size": 49_408, "projection_dim": 512, "augment.scale": (0.9, 1.0), "augment.flip": 0.0,
+        "optim.lr": 5e-4, "optim.betas": (0.9, 0.98), "optim.eps": 1e-6, "optim.weight_decay": 0.2,
+        "optim.warmup": 2000, "optim.decay": "cosine", "optim.min_lr": 0.0, "optim.clip": None,
+        "train.batch": 32_768, "train.steps": "32 epochs",
+    },
+    # Ouyang et al. 2022, appendix C, 1.3B: cosine to a tenth, no warm-up
+    "sft_instructgpt_1b3": {
+        "optim.lr": 9.65e-6, "optim.min_lr": 9.65e-7, "optim.betas": (0.9, 0.95), "optim.warmup": 0,
+        "optim.decay": "cosine", "train.batch": 32, "train.steps": "16 epochs",
+    },
+    # Huang et al. 2024: reward.py
+    "reward_nplus": {
+        "optim.lr": 3e-6, "optim.eps": 1e-5, "optim.betas": (0.9, 0.999), "optim.weight_decay": 0.01,
+        "optim.warmup": 0, "optim.decay": "cosine", "optim.clip": None, "center_rewards_coefficient": 0.0,
+        "train.batch": 64, "train.steps": "1 epoch",
+    },
+    # Huang et al. 2024: ppo.py; a million answers
+    "ppo_nplus": {
+        "rollout.batch": 512, "rollout.max_new_tokens": 53, "rollout.temperature": 0.7,
+        "rollout.missing_eos": "replace", "rollout.missing_eos_penalty": 1.0, "kl.coef": 0.05, "kl.estimator": "k1",
+        "kl.target": None, "ppo.num_ppo_epochs": 4, "ppo.cliprange": 0.2, "ppo.cliprange_value": 0.2,
+        "ppo.vf_coef": 0.1, "ppo.gamma": 1.0, "ppo.gae_lambda": 0.95, "ppo.whiten_rewards": False,
+        "ppo.unbiased_whitening": False, "value.init": "reward", "value.head": "reward",
+        "optim.lr": 3e-6, "optim.eps": 1e-5, "optim.decay": "linear", "optim.min_lr": 0.0, "optim.clip": None,
+        "train.batch": 512, "train.steps": 1953 * 4,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_class_defaults_and_shipped_file_are_the_published_recipe(name):
+    (path,) = [path for path in PUBLISHED if path.stem == name]
+    _, config = opened(path)
+    for key, number in RECIPES[name].items():
+        default, shipped = type(config).model_fields, config
+        *sections, last = key.split(".")
+        for section in sections:
+            given = default[section] if isinstance(default, dict) else getattr(default, section)
+            default, shipped = getattr(given, "default", given), getattr(shipped, section)
+        default = default[last].default if isinstance(default, dict) else getattr(default, last)
+        assert (key, default, getattr(shipped, last)) == (key, number, number)
+
+
+def test_every_published_file_is_held_against_its_paper():
+    """But for the variants of one: a larger MAE, and the two measures, whose numbers are the method's own arguments."""
+    assert {path.stem for path in PUBLISHED} - set(RECIPES) == {"mae_vitl16_imagenet", "probe_imagenet", "knn_imagenet"}
+
+
+def test_mae_large_is_mae_base_with_another_encoder():
+    base, large = (opened(ROOT / f"configs/pretrain/mae_vit{size}16_imagenet.yaml")[1] for size in "bl")
+    assert (large.model.embed_dim, large.model.depth, large.model.num_heads) == (1024, 24, 16)
+    assert configs.science(large) | {"model": 0} == configs.science(base) | {"model": 0}
