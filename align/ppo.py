@@ -38,7 +38,7 @@ from align.rollout import (
 from fledge import artifact, distributed
 from fledge.artifact import Artifact
 from fledge.config import Config as BaseConfig
-from fledge.config import StageConfig, hardware, parent, resolve
+from fledge.config import Duration, StageConfig, hardware, parent, resolve
 from fledge.data.chats import Prompts
 from fledge.errors import InputError
 from fledge.models import language
@@ -124,7 +124,7 @@ class Train(TrainConfig):
     """1M answers in rollouts of 512, four epochs of one minibatch each."""
 
     batch: PositiveInt = 512
-    steps: int | str = 1_000_000 // 512 * 4
+    steps: Duration = 1_000_000 // 512 * 4
 
 
 class Evaluation(BaseConfig):

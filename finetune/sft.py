@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fledge import artifact, distributed
 from fledge.config import Config as BaseConfig
-from fledge.config import StageConfig, parent, resolve
+from fledge.config import Duration, StageConfig, parent, resolve
 from fledge.data import preferences, tokenizer
 from fledge.data.chats import Chats, ChatsConfig, Prompts
 from fledge.data.text import IGNORE
@@ -50,7 +50,7 @@ class Train(TrainConfig):
     """InstructGPT 1.3B: 16 epochs of batches of 32. Its residual dropout of .2 is the parent model's to have."""
 
     batch: PositiveInt = 32
-    steps: int | str = "16 epochs"
+    steps: Duration = "16 epochs"
 
 
 class Evaluation(BaseConfig):

@@ -592,7 +592,7 @@ class Run:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self.close("failed" if error is not None else "stopped")
+        self.close("failed" if isinstance(error, Exception) else "stopped")
 
 
 def sentence(score: Score) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fledge import artifact, distributed
 from fledge.config import Config as BaseConfig
-from fledge.config import StageConfig, parent, resolve
+from fledge.config import Duration, StageConfig, parent, resolve
 from fledge.data import text, tokenizer
 from fledge.data.text import IGNORE, Packed, TextConfig
 from fledge.data.tokenizer import TokenizerConfig
@@ -44,7 +44,7 @@ class Optim(OptimConfig):
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     clip: float | None = 1.0
-    warmup: int | str = 2000
+    warmup: Duration = 2000
     warmup_offset: Literal[0, 1] = 1
     min_lr: float = 6e-5
 
@@ -52,7 +52,7 @@ class Optim(OptimConfig):
 class Train(TrainConfig):
     batch: int = 480
     """Blocks of ``model.context_length`` tokens: 480 · 1024 = 491,520 tokens a step."""
-    steps: int | str = 600_000
+    steps: Duration = 600_000
 
 
 class Config(StageConfig):

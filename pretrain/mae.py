@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fledge import artifact, distributed
 from fledge.config import Config as BaseConfig
-from fledge.config import StageConfig, parent, resolve
+from fledge.config import Duration, StageConfig, parent, resolve
 from fledge.data.augment import AugmentConfig, denormalise
 from fledge.data.images import Images, ImagesConfig, augmented, eval_batch
 from fledge.evals.vision import VisionEval, evaluate
@@ -49,12 +49,12 @@ class Optim(OptimConfig):
     lr_batch: int | None = 256
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.05
-    warmup: int | str = "40 epochs"
+    warmup: Duration = "40 epochs"
 
 
 class Train(TrainConfig):
     batch: int = 4096
-    steps: int | str = "800 epochs"
+    steps: Duration = "800 epochs"
 
 
 class Config(StageConfig):

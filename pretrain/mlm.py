@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fledge import artifact, distributed
 from fledge.config import Config as BaseConfig
-from fledge.config import StageConfig, parent, resolve
+from fledge.config import Duration, StageConfig, parent, resolve
 from fledge.data import text, tokenizer
 from fledge.data.text import IGNORE, Packed, TextConfig, mask_tokens, maskable
 from fledge.data.tokenizer import TokenizerConfig
@@ -43,13 +43,13 @@ class Optim(OptimConfig):
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = 0.01
-    warmup: int | str = 24_000
+    warmup: Duration = 24_000
     decay: Literal["cosine", "linear", "constant"] = "linear"
 
 
 class Train(TrainConfig):
     batch: int = 8192
-    steps: int | str = 500_000
+    steps: Duration = 500_000
 
 
 class Config(StageConfig):

@@ -4,7 +4,9 @@ B rows, T positions, V vocabulary. ``document`` (B, T) numbers the documents of 
 (B, T) restarts in each document.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from fledge.artifact import Artifact
 from fledge.config import Config
+from fledge.errors import InputError
 
 
 class CausalConfig(Config):
@@ -155,13 +158,26 @@ def decay_exempt(name: str, parameter: Tensor) -> bool:
     return parameter.ndim <= 1 or name.endswith(".bias")
 
 
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write transformers' own form: config.json, model.safetensors, tokenizer files."""
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No bars and reports of transformers: what it loads and saves is checked and said by us."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # of shards: one line of ours says what was written
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write transformers' own form: config.json, model.safetensors, tokenizer files."""
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def read_tokenizer(artifact: Artifact) -> Any:
@@ -179,19 +195,19 @@ def read(artifact: Artifact, auto: str = "AutoModelForCausalLM", **options) -> A
     """
     import transformers
 
-    from fledge.errors import InputError
-
-    expected = tuple(options.pop("expect_missing", ()))
-    unexpected = tuple(options.pop("expect_unexpected", ()))
-    model, report = getattr(transformers, auto).from_pretrained(
-        artifact.path, local_files_only=True, output_loading_info=True, dtype=torch.float32, **options
-    )
-    missing = [n for n in report["missing_keys"] if not n.startswith(expected)] if expected else report["missing_keys"]
-    left = [n for n in report["unexpected_keys"] if not n.startswith(unexpected)] if unexpected else report["unexpected_keys"]
-    if missing or left or report["mismatched_keys"]:
+    expect_missing = tuple(options.pop("expect_missing", ()))
+    expect_unexpected = tuple(options.pop("expect_unexpected", ()))
+    with quiet():
+        model, report = getattr(transformers, auto).from_pretrained(
+            artifact.path, local_files_only=True, output_loading_info=True, dtype=torch.float32, **options
+        )
+    # str.startswith(()) is False: without expectations every name counts.
+    missing = sorted(n for n in report["missing_keys"] if not n.startswith(expect_missing))
+    left_over = sorted(n for n in report["unexpected_keys"] if not n.startswith(expect_unexpected))
+    if missing or left_over or report["mismatched_keys"]:
         raise InputError(
-            f"{artifact.path} does not fit {auto}: missing {sorted(missing)}, left over {sorted(left)}, "
-            f"other shapes {sorted(map(str, report['mismatched_keys']))}"
+            f"{artifact.path} does not fit {auto}: missing {missing}, left over {left_over}, "
+            f"other shapes {sorted(map(str, report['mismatched_keys']))}; expected what a stage of fledge wrote"
         )
     return model
 
@@ -203,8 +219,6 @@ def room(model: Any, input_ids: Tensor) -> int:
 
 def check_length(model: Any, length: int, key: str) -> None:
     """Refuse rows of ``length`` tokens where the model has fewer positions, as an InputError that names ``key``."""
-    from fledge.errors import InputError
-
     positions = model.config.max_position_embeddings
     if length > positions:
         raise InputError(f"{key} is {length}, but the parent model has {positions} positions; use at most {positions}")
