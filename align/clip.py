@@ -472,7 +472,11 @@ def prompts_of(config: ZeroShot, images: Images) -> list[list[str]]:
 
 
 def zero_shot(clip: CLIP, before: CLIP, config: ZeroShot, view: EvalConfig, tokens: Any, max_length: int) -> Score:
-    """Accuracy of naming the class of held-out pictures, beside naming the most frequent class every time."""
+    """Accuracy of naming the class of held-out pictures, averaged over the classes that occur.
+
+    How frequent a class is in the test set is chance, and nothing that never saw a label can know it; so each class
+    counts the same, and naming one class every time scores as little as guessing.
+    """
     images = config.images.open() if config.images else config.pairs.open().images  # type: ignore[union-attr]
     if images.labels is None:
         raise InputError("evaluation.zero_shot.images has no labels; give a folder with one subfolder a class")
@@ -483,20 +487,23 @@ def zero_shot(clip: CLIP, before: CLIP, config: ZeroShot, view: EvalConfig, toke
         classes = class_embeddings(lambda texts: embed_texts(model, tokenize(tokens, texts, max_length)), prompts)
         return zero_shot_correct(embed_images(model, pixels), classes, labels).numpy()
 
+    frequency = labels.bincount(minlength=len(images.classes))
+    K, weights = int((frequency > 0).sum()), (1 / frequency[labels]).double().numpy()
     after = right(clip)
     groups, unit_name = clusters(images, ids)
-    low, high = bootstrap(after, groups)
+    low, high = bootstrap(after, groups, weights=weights)
     return Score(
-        metric="zero-shot accuracy",
-        after=float(after.mean()),
-        before=float(right(before).mean()),
-        baseline=float(labels.bincount().max() / len(labels)),
-        baseline_name="most frequent class",
+        metric="zero-shot accuracy, mean over classes",
+        after=float(np.average(after, weights=weights)),
+        before=float(np.average(right(before), weights=weights)),
+        baseline=1 / K,
+        baseline_name="chance",
         low=low,
         high=high,
         n=len(np.unique(groups)),
         unit=unit_name,
-        note=f"{len(images.classes)} classes, chance {1 / len(images.classes):.4f}; {len(ids)} pictures",
+        note=f"{K} of {len(images.classes)} classes occur; {len(ids)} pictures, of which {after.mean():.4f} are right, "
+        f"{float(frequency.max()) / len(labels):.4f} by naming the most frequent class",
     )
 
 

@@ -401,8 +401,11 @@ def test_the_stage_and_what_others_load(shapes, tmp_path, parents, start, monkey
     assert made.kind == "dual-encoder" and made.step == 3 and made.preprocessing["max_length"] == 24
     assert set(made.parents) == ({"image", "text"} if start == "parents" else set())
     scores = {score["metric"]: score for score in made.scores}
-    assert list(scores) == ["zero-shot accuracy", "text to image recall@1", "image to text recall@1"]
-    assert scores["zero-shot accuracy"]["baseline"] == 1 / 4 and scores["image to text recall@1"]["baseline"] == 1 / 32
+    assert list(scores) == ["zero-shot accuracy, mean over classes", "text to image recall@1", "image to text recall@1"]
+    assert (
+        scores["zero-shot accuracy, mean over classes"]["baseline"] == 1 / 4
+        and scores["image to text recall@1"]["baseline"] == 1 / 32
+    )
     assert all(score["before"] is not None and score["n"] == 32 for score in scores.values())
     assert (chosen.run_dir / "media" / "retrieval.png").stat().st_size > 0
 
