@@ -40,8 +40,14 @@ def split_of(key: str, validation: float, test: float) -> Split:
 
 
 def files_of(path: str | Path, suffixes: tuple[str, ...], what: str) -> list[Path]:
-    """The file itself, or a folder's files with one of the suffixes in the order of their relative names."""
+    """The file itself, the files of a pattern (``text/*.txt``), or a folder's files with one of the suffixes; in the
+    order of their relative names."""
     path = data_path(str(path))
+    if any(letter in path.name for letter in "*?["):
+        matching = sorted(f for f in path.parent.glob(path.name) if f.is_file() and f.name.endswith(suffixes))
+        if not matching:
+            raise InputError(f"{what}: no file matches {path}; give its place relative to where you start")
+        return matching
     if path.is_file():
         if not path.name.endswith(suffixes):
             raise InputError(f"{what}: {path} should end in one of {', '.join(suffixes)}")
@@ -114,7 +120,9 @@ def read_records(path: Path) -> Iterator[tuple[str, dict]]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: not a line of JSON ({error.msg}, column {error.colno})") from error
+            raise InputError(
+                f"{path}:{number}: not a line of JSON ({error.msg}, column {error.colno}); expected one object a line"
+            ) from error
         if not isinstance(record, dict):
             raise InputError(
                 f"{path}:{number}: expected a JSON object with named fields, found {type(record).__name__}"
@@ -136,23 +144,30 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def look_up(record: dict, name: str, where: str) -> Any:
-    """A field by its name, also inside: ``instances.0.output``.
+    """A field by its name, also inside: ``instances.0.output``; of several (``output|instances.0.output``) the first
+    that the record has, so that files of different layouts can stand in one folder.
 
     Raises:
         InputError: there is none; names the place and the fields that there are.
     """
-    value: Any = record
-    for part in name.split("."):
+    for way in name.split("|"):
+        found, value = _inside(record, way.split("."))
+        if found:
+            return value
+    fields = ", ".join(sorted(record)) or "none"
+    raise InputError(f"{where}: no field {name!r}; the record has: {fields}. Name the fields in the data section")
+
+
+def _inside(value: Any, parts: list[str]) -> tuple[bool, Any]:
+    """(True, what stands at the end of the way), or (False, None) where the way ends early."""
+    for part in parts:
         if isinstance(value, dict) and part in value:
             value = value[part]
         elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
             value = value[int(part)]
         else:
-            fields = ", ".join(sorted(record)) or "none"
-            raise InputError(
-                f"{where}: no field {name!r}; the record has: {fields}. Name the fields in the data section"
-            )
-    return value
+            return False, None
+    return True, value
 
 
 def join_fields(record: dict, names: Iterable[str], where: str, separator: str = "\n") -> str:

@@ -343,3 +343,23 @@ def test_nothing_touches_the_global_generators(tokenizer, write):
     data = Chats(ChatsConfig(**write([{"messages": LONG_TALK}])), tokenizer, "train")
     pickle.loads(pickle.dumps(data)).rows([0], [1])
     assert random.getstate() == before and torch.equal(torch.get_rng_state(), state)
+
+
+def test_fields_of_several_layouts(tmp_path):
+    """One folder, two layouts: the first way of a field that a record has is taken."""
+    from fledge.data import records
+
+    flat, nested = {"output": "a"}, {"instances": [{"output": "b"}]}
+    assert [records.look_up(r, "output|instances.0.output", "x") for r in (flat, nested)] == ["a", "b"]
+    with pytest.raises(InputError, match=r"no field 'output\|instances.1.output'; the record has: instances"):
+        records.look_up(nested, "output|instances.1.output", "x")
+
+
+def test_paths_may_be_patterns(tmp_path):
+    from fledge.data import records
+
+    for name in ("b.txt", "a.txt", "c.md"):
+        (tmp_path / name).write_text("x")
+    assert [f.name for f in records.files_of(tmp_path / "*.txt", (".txt",), "data.path")] == ["a.txt", "b.txt"]
+    with pytest.raises(InputError, match="no file matches"):
+        records.files_of(tmp_path / "z*.txt", (".txt",), "data.path")
