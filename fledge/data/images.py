@@ -380,7 +380,10 @@ def listing(config: ImagesConfig) -> Listing:
     skipped = tuple(Skipped(_utf8(name), why) for name, why in problems.items() if why)
     good = [name for name, why in problems.items() if not why]
     if not good:
-        raise InputError(f"{root}: none of its {len(entries)} pictures can be used; {report(skipped, len(entries))}")
+        raise InputError(
+            f"{root}: none of its {len(entries)} pictures can be used; {report(skipped, len(entries))}. "
+            "Give a folder with pictures that open"
+        )
     classes = class_names(root, good, config.labels)
     names = [name for name in good if in_split(entries[name].sha256, config.split, config.holdout)]
     if not names:

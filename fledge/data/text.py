@@ -358,9 +358,9 @@ class Packed:
         enough = len(self) if len(self.tokens) >= config.seq_len else 0
         if len(self.tokens) == 0 or enough < at_least:
             raise InputError(
-                f"the {split} text is too short: {self.documents} documents with {len(self.tokens)} tokens give "
-                f"{enough} rows of data.seq_len {config.seq_len}, but {max(at_least, 1)} are needed; "
-                "use more text, a smaller data.seq_len or a smaller train.batch"
+                f"{config.path or 'the world'}: the {split} text is too short: {self.documents} documents with "
+                f"{len(self.tokens)} tokens give {enough} rows of data.seq_len {config.seq_len}, but "
+                f"{max(at_least, 1)} are needed; use more text, a smaller data.seq_len or a smaller train.batch"
             )
 
     def __len__(self) -> int:
