@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fledge.data.augment import AugmentConfig
 from fledge.data.images import ImagesConfig
 from fledge.models import vit
 from fledge.models.vit import ViTConfig
@@ -34,7 +35,7 @@ def double():
 
 def config(**changes) -> Config:
     data = ImagesConfig(source="folder", path="unused")
-    return Config(data=data, model=SMALL, decoder=Decoder(embed_dim=16, depth=2, num_heads=4), **changes)
+    return Config(data=data, augment=AugmentConfig(size=32), model=SMALL, decoder=Decoder(embed_dim=16, depth=2, num_heads=4), **changes)
 
 
 def ours(name: str) -> str:
