@@ -152,6 +152,7 @@ def fit(
             block.compile()
     model = distributed.wrap(objective)
     start = resume(objective, optim, stream, run)
+    model.train()  # transformers reads models in eval mode; an objective that wants no dropout overrides train()
     batches = load_ahead(stream, range(start, steps), config)
     warm = distributed.world_size() == 1
     with run.progress(steps, start) as progress:
@@ -180,6 +181,7 @@ def fit(
                 progress.update()
             if evaluate and config.eval_every and (step + 1) % config.eval_every == 0:
                 run.log(step, {f"eval/{name}": value for name, value in evaluate(step).items()})
+                model.train()
             if (step + 1) % config.save_every == 0 or step + 1 == steps:
                 save(objective, optim, stream, run, step + 1, config.keep)
 
@@ -187,7 +189,7 @@ def fit(
 def explain(error: RunError, step: int, run: "Run") -> str:
     kept = run.dir / "checkpoints"
     return (
-        f"{run.config.name}: {error}. The last checkpoints are kept in {kept}. A lower optim.lr, a longer optim.warmup, "
+        f"{run.name}: {error}. The last checkpoints are kept in {kept}. A lower optim.lr, a longer optim.warmup, "
         "optim.clip or precision: fp32 usually helps; a changed value starts a new run beside this one"
     )
 

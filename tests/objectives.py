@@ -42,7 +42,7 @@ def mae() -> tuple[nn.Module, dict[str, Tensor]]:
 
     sizes = ViTConfig(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)
     data = ImagesConfig(source="folder", path="unused")
-    decoder = Decoder(embed_dim=8, depth=2, num_heads=2)
+    decoder = Decoder(embed_dim=32, depth=2, num_heads=2)
     objective = MAE(Config(data=data, augment=AugmentConfig(size=16), model=sizes, decoder=decoder))
     return objective, {"image": torch.randn(BATCH, 3, 16, 16), "noise": torch.rand(BATCH, 16)}
 
@@ -76,7 +76,96 @@ def clip() -> tuple[nn.Module, dict[str, Tensor]]:
     return objective, {"image": torch.randn(BATCH, 3, 16, 16)} | tokenize(tokens, captions, config.max_length)
 
 
-BUILDERS = {"mae": mae, "clm": clm, "clip": clip}
+def dino() -> tuple[nn.Module, dict[str, Tensor]]:
+    from fledge.data.augment import MultiCropConfig
+    from fledge.data.images import ImagesConfig
+    from fledge.models.vit import ViTConfig
+    from pretrain.dino import Config, Head
+    from pretrain.dino import build as build_dino
+
+    config = Config(
+        data=ImagesConfig(source="folder", path="unused"),
+        augment=MultiCropConfig(global_size=16, local_size=8, local_crops=2),
+        model=ViTConfig(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2),
+        head=Head(out_dim=24, hidden_dim=16, bottleneck_dim=8),
+        drop_path_rate=0.0,
+    )
+    objective = build_dino(config, None, 100, 10)
+    objective.center.normal_(std=0.1)
+    return objective, {
+        "global_crops": torch.randn(BATCH, 2, 3, 16, 16),
+        "local_crops": torch.randn(BATCH, 2, 3, 8, 8),
+    }
+
+
+def mlm() -> tuple[nn.Module, dict[str, Tensor]]:
+    from fledge.data.tokenizer import TokenizerConfig, train
+    from fledge.models.language import EncoderConfig, build_encoder
+    from pretrain.mlm import MLM
+
+    tokens = train(TokenizerConfig(style="encoder", vocab_size=300), ["the quick brown fox", "jumps over the dog"])
+    sizes = EncoderConfig(embed_dim=16, depth=2, num_heads=2, context_length=16, dropout=0.0)
+    batch = _packed(2)
+    selected = (torch.rand(batch["input_ids"].shape) < 0.3) & (batch["document"] > 0)
+    selected[1] = False  # a row in which nothing is asked
+    return MLM(build_encoder(sizes, tokens)), batch | {"labels": torch.where(selected, batch["input_ids"], -100)}
+
+
+def _gpt2(**more):
+    from transformers import GPT2Config
+
+    sizes = {"vocab_size": 64, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 1}
+    return GPT2Config(**sizes, **off, **more)
+
+
+def sft() -> tuple[nn.Module, dict[str, Tensor]]:
+    from transformers import GPT2LMHeadModel
+
+    from finetune.sft import SFT
+
+    batch = _packed(3)
+    mask = (batch["document"] > 0).long()
+    answer = (torch.rand(mask.shape) < 0.5) & (batch["labels"] != -100)
+    labels = torch.where(answer, batch["labels"], -100)
+    return SFT(GPT2LMHeadModel(_gpt2())), {"input_ids": batch["input_ids"], "attention_mask": mask, "labels": labels}
+
+
+def reward() -> tuple[nn.Module, dict[str, Tensor]]:
+    from transformers import GPT2ForSequenceClassification
+
+    from align.reward import RewardModel
+
+    batch = {}
+    for number, name in enumerate(("chosen", "rejected")):
+        rows = _packed(4 + number, length=10 + number)
+        batch |= {f"{name}_ids": rows["input_ids"], f"{name}_mask": (rows["document"] > 0).long()}
+    # The pairwise term alone has no gradient at the last bias: a centring term large enough to see it in fp32.
+    return RewardModel(GPT2ForSequenceClassification(_gpt2(num_labels=1, pad_token_id=2)), 0.5), batch
+
+
+def ppo() -> tuple[nn.Module, dict[str, Tensor]]:
+    """A frozen rollout, partly outside both clipping ranges."""
+    from transformers import GPT2LMHeadModel, GPT2Model
+
+    from align.ppo import PPO, Algorithm
+    from align.rollout import ValueModel, value_head
+
+    P, T = 5, 7
+    ids = torch.randint(10, 60, (BATCH, P + T))
+    prompt = torch.arange(P) >= torch.randint(0, P - 1, (BATCH, 1))
+    response = torch.arange(T) < torch.randint(1, T + 1, (BATCH, 1))
+    objective = PPO(GPT2LMHeadModel(_gpt2()), ValueModel(GPT2Model(_gpt2()), value_head(16, "normal")), Algorithm(), 0.7)
+    batch = {"input_ids": ids, "attention_mask": torch.cat([prompt, response], dim=1).long()}
+    batch |= {"response_mask": response.long(), "reward_mask": response.long()}
+    with torch.no_grad():
+        old_logprobs = objective.logprobs(objective.policy, batch) + 0.2 * torch.randn(BATCH, T)
+        old_values = objective.values(batch) + 0.2 * torch.randn(BATCH, T)
+    batch |= {"old_logprobs": old_logprobs, "old_values": old_values, "advantages": torch.randn(BATCH, T)}
+    return objective, batch | {"returns": torch.randn(BATCH, T), "objective/score": torch.randn(BATCH)}
+
+
+BUILDERS = {f.__name__: f for f in (mae, dino, mlm, clm, clip, sft, reward, ppo)}
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, dict[str, Tensor]]:

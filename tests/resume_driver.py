@@ -1,6 +1,6 @@
 """What a rank of tests/fledge/test_resume.py does: one stage's main, as a command would call it.
 
-    python tests/resume_driver.py STAGE CONFIG.json
+python tests/resume_driver.py STAGE CONFIG.json
 """
 
 import importlib
@@ -106,7 +106,13 @@ def out_of_order(steps: int, settle: bool = True) -> None:
     config = Toy(train=loop.TrainConfig(batch=16, steps=steps, precision="fp32"))
     torch.manual_seed(1)
     network = Network()
-    optim = adamw([{"params": list(network.parameters())}], OptimConfig(lr=0.01, decay="constant"), batch=16, steps=steps, steps_per_epoch=2)
+    optim = adamw(
+        [{"params": list(network.parameters())}],
+        OptimConfig(lr=0.01, decay="constant"),
+        batch=16,
+        steps=steps,
+        steps_per_epoch=2,
+    )
     with Run.open(config.model_copy(update={"train": config.train.model_copy(update={"steps": 0})})) as run:
         loop.fit(network, DataStream(40, rows, batch=16, seed=2), optim, config.train, run, steps=steps, seed=3)
 

@@ -1,8 +1,5 @@
 """The gradient of a step does not depend on how its batch was cut over ranks and micro-batches."""
 
-import json
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,7 +7,6 @@ from safetensors.torch import load_file, save_file
 from fledge import distributed
 from fledge.stream import rows_of, share
 from fledge.train import backward
-from tests.launch import run
 from tests.objectives import BATCH, BUILDERS, build
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -56,8 +52,17 @@ def test_micro_batches(name, dtype, micro_batches):
     assert_same(gradients(name, dtype, micro_batches), gradients(name, dtype, 1), TOLERANCE[dtype])
 
 
-def test_two_ranks(tmp_path):
-    run(2, [__file__, str(tmp_path)])
+def ranks(out: str) -> None:
+    """Every case on this rank; rank 0 keeps the gradients."""
+    distributed.setup("cpu")
+    for name, dtype, micro_batches in cases():
+        found = gradients(name, dtype, micro_batches)
+        if distributed.is_main():
+            save_file(found, f"{out}/{name}-{dtype}-{micro_batches}.safetensors")
+
+
+def test_two_ranks(forks, tmp_path):
+    forks.start("tests.fledge.test_gradients:ranks", {"out": str(tmp_path)}, world=2, folder=tmp_path).wait(timeout=240)
     for name, dtype, micro_batches in cases():
         found = load_file(tmp_path / f"{name}-{dtype}-{micro_batches}.safetensors")
         assert_same(found, gradients(name, dtype, 1), TOLERANCE[dtype])
@@ -77,12 +82,3 @@ def test_rows_are_shared_evenly():
                 assert rows == list(range(n)) and sum(sizes) == n
                 assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1 and max(sizes) <= limit
                 assert len({len(pieces) for _, pieces in shares}) == 1
-
-
-if __name__ == "__main__":
-    distributed.setup("cpu")
-    for case in cases():
-        result = gradients(*case)
-        if distributed.is_main():
-            save_file(result, f"{sys.argv[1]}/{case[0]}-{case[1]}-{case[2]}.safetensors")
-    print(json.dumps({"world": distributed.world_size()}))
