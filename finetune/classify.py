@@ -1,6 +1,6 @@
 """What can a frozen encoder tell apart? k-NN (DINO's measure) or a linear probe (MAE's), as a classifier for others.
 
-    python -m finetune.classify configs/finetune/probe.yaml
+    python -m finetune.classify configs/finetune/probe_imagenet.yaml
 
 Features are computed once, in the fixed view that the encoder was handed over with. The probe is multinomial logistic
 regression on standardised features, solved to its optimum (fledge/evals/probe.py); the standardisation is folded into

@@ -1,6 +1,6 @@
 """Supervised fine-tuning on conversations (Ouyang et al. 2022, section 3.5): next tokens of the assistant only.
 
-    python -m finetune.sft configs/finetune/sft_instructgpt.yaml
+    python -m finetune.sft configs/finetune/sft_instructgpt_1b3.yaml
 
 B rows of T tokens. ``labels`` are shifted already and -100 outside the assistant's answers; an answer's end token is
 part of it.

@@ -157,3 +157,20 @@ def test_the_schema_of_the_configs_page_is_written(elsewhere):
     exec(page("python"), {})
     schema = json.loads(Path("mae.schema.json").read_text())
     assert schema["properties"]["optim"] and schema["additionalProperties"] is False
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+SPEAKING = [
+    *PAGES,
+    *(path for part in ("pretrain", "finetune", "align", "configs") for path in (ROOT / part).rglob("*.*")),
+]
+
+
+def test_every_config_that_is_named_exists():
+    told = {name for path in SPEAKING if path.suffix in (".md", ".py", ".yaml")
+            for name in re.findall(r"configs/[a-z]+/[a-z0-9_]+\.yaml", path.read_text())}  # fmt: skip
+    assert len(told) > 15
+    made_up = {"configs/pretrain/rotation_world.yaml"}  # of the example in CONTRIBUTING.md
+    assert not [name for name in told - made_up if not (ROOT / name).exists()]
