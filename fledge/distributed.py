@@ -34,10 +34,13 @@ def setup(device: str = "auto") -> torch.device:
     wanted = next(name for name in ("cuda", "mps", "cpu") if available[name]) if device == "auto" else device
     if not available.get(wanted, False):
         found = ", ".join(name for name, there in available.items() if there)
-        raise InputError(f"train.device: {device} is not available here; found {found}. Use device: auto or one of these")
+        raise InputError(
+            f"train.device: {device} is not available here; found {found}. Use device: auto or one of these"
+        )
     if _accelerator is None:
-        if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
-            raise InputError(  # what `accelerate launch --cpu --num_processes 2` leaves in the environment
+        environ = os.environ
+        if "ACCELERATE_MIXED_PRECISION" in environ and "MASTER_PORT" in environ and "WORLD_SIZE" not in environ:
+            raise InputError(  # that environment is what `accelerate launch --cpu --num_processes 2` makes
                 "accelerate was asked for several processes, but has started one; use torchrun, or accelerate launch "
                 "--multi_gpu, which works without GPUs too (for one process, unset MASTER_PORT)"
             )
@@ -46,7 +49,7 @@ def setup(device: str = "auto") -> torch.device:
         # Buffers are functions of globally reduced means, hence equal on every rank: nothing to broadcast.
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
         _accelerator = Accelerator(cpu=wanted == "cpu", mixed_precision="no", kwargs_handlers=[ddp])
-        asked = int(os.environ.get("WORLD_SIZE", 1))
+        asked = int(environ.get("WORLD_SIZE", 1))
         if _accelerator.num_processes != asked:
             raise InputError(
                 f"launched for {asked} processes, but {_accelerator.num_processes} joined; "
@@ -60,7 +63,7 @@ def setup(device: str = "auto") -> torch.device:
 
 def leave() -> None:
     """End the process group, if there is one: a process that ends inside of it may abort on the way out."""
-    if dist.is_available() and dist.is_initialized():
+    if joined():
         dist.destroy_process_group()
 
 
@@ -69,12 +72,17 @@ def device() -> torch.device:
     return _accelerator.device if _accelerator is not None else torch.device("cpu")
 
 
+def joined() -> bool:
+    """Is this process in a group already?"""
+    return dist.is_available() and dist.is_initialized()
+
+
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    return dist.get_world_size() if joined() else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get("RANK", 0))
+    return dist.get_rank() if joined() else int(os.environ.get("RANK", 0))
 
 
 def is_main() -> bool:

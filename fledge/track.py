@@ -403,7 +403,7 @@ class Run:
 
         track: TrackConfig | None = getattr(config, "track", None)
         mode = wandb_mode(track.wandb) if track is not None else "off"
-        distributed.on_main(lambda: run._start(mode))  # nobody looks for checkpoints before it is settled whose they are
+        distributed.on_main(lambda: run._start(mode))  # nobody looks for checkpoints before it is settled whose
         return run
 
     def _start(self, mode: str) -> None:

@@ -260,7 +260,7 @@ class _Steps(torch.utils.data.Dataset):
 
 
 def load_ahead(stream: Any, steps: Iterable[int], config: TrainConfig) -> Iterator[tuple[Batch | None, list[slice]]]:
-    """This rank's (batch, micro-batch slices) of each step; workers prepare them ahead, unless the stream is on-policy."""
+    """This rank's (batch, micro-batch slices) of each step; workers prepare ahead, unless the stream is on-policy."""
     data = _Steps(stream, config, distributed.rank(), distributed.world_size())
     if config.workers == 0 or stream.on_policy:
         return (data[step] for step in steps)

@@ -5,10 +5,11 @@
         job.kill(0)
         job.wait()
 
-A forked rank is a process of its own: it can be killed, it joins a process group, it starts data workers. The server has
-run nothing but imports, and every rank scrambles the global generators first, so that nothing can lean on their state.
+A forked rank is a process of its own: it can be killed, joins a process group, starts data workers. The server has run
+nothing but imports, and every rank scrambles the global generators first, so that nothing can lean on their state.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -53,10 +54,8 @@ class Job:
     def end(self) -> None:
         """SIGKILL whatever is left of every rank, workers too, as a launcher would."""
         for pid in self.pids:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         self.wait(timeout=30, check=False)
 
     def wait(self, timeout: float = 120, check: bool = True) -> "Job":

@@ -12,8 +12,8 @@ BATCH = 8
 def _tokenizer():
     from fledge.data.tokenizer import TokenizerConfig, train
 
-    words = "the quick brown fox jumps over the lazy dog and runs away from ten tall trees".split()
-    documents = [" ".join(words[i:] + words[:i]) for i in range(len(words))]
+    text = "the quick brown fox jumps over the lazy dog and runs away from ten tall trees "
+    documents = [text[i:] + text[:i] for i in range(len(text)) if text[i - 1] == " "]
     return train(TokenizerConfig(vocab_size=300), documents)
 
 
@@ -155,7 +155,8 @@ def ppo() -> tuple[nn.Module, dict[str, Tensor]]:
     ids = torch.randint(10, 60, (BATCH, P + T))
     prompt = torch.arange(P) >= torch.randint(0, P - 1, (BATCH, 1))
     response = torch.arange(T) < torch.randint(1, T + 1, (BATCH, 1))
-    objective = PPO(GPT2LMHeadModel(_gpt2()), ValueModel(GPT2Model(_gpt2()), value_head(16, "normal")), Algorithm(), 0.7)
+    value = ValueModel(GPT2Model(_gpt2()), value_head(16, "normal"))
+    objective = PPO(GPT2LMHeadModel(_gpt2()), value, Algorithm(), 0.7)
     batch = {"input_ids": ids, "attention_mask": torch.cat([prompt, response], dim=1).long()}
     batch |= {"response_mask": response.long(), "reward_mask": response.long()}
     with torch.no_grad():

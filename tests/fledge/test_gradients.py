@@ -14,7 +14,7 @@ WHOLE_ROWS_ONLY = {"clip"}
 """Objectives whose loss couples the rows of a batch: ranks are exact, micro-batches are refused."""
 
 KEY_BIASES = ("key.bias", "k_proj.bias")
-"""They move all logits of a softmax alike, so their gradient is zero: what is found there is rounding, on both sides."""
+"""They move all logits of a softmax alike, so their gradient is zero: what is found is rounding, on both sides."""
 
 
 def gradients(name: str, dtype: torch.dtype, micro_batches: int) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ from tests.forks import Forks, Job
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
 STEPS = 12
-WORDS = "the quick brown fox jumps over the lazy dog and runs away from ten tall trees near a cold blue river".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs", "away", "from", "ten"]
 VIT = {"img_size": 16, "in_chans": 1, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 TRANSFORMER = {"embed_dim": 16, "depth": 2, "num_heads": 2, "context_length": 48, "dropout": 0.1}
 
@@ -336,8 +336,8 @@ def test_killed_at_random_moments(world, name, tmp_path):
 
 
 def test_four_ranks_and_layers_that_run_in_another_order(world, tmp_path):
-    """DDP rebuilds its buckets after a process's first backward, which from 4 ranks on changes how gradients are summed;
-    here the layers are registered out of order, so that it really does. Without ``settle_buckets`` this fails."""
+    """DDP rebuilds its buckets after a process's first backward, which from 4 ranks on changes sums of gradients.
+    Here the layers are registered out of order, so that it really does: without ``settle_buckets`` this fails."""
 
     def run(name: str, *parts: int) -> Path:
         for steps in parts:

@@ -174,7 +174,7 @@ def test_overfits_one_batch(name):
 
 
 def test_dino_overfits_one_batch():
-    """The student comes to its teacher; how far apart they were is the KL, the teacher's entropy is not the student's."""
+    """The student comes to its teacher: the KL falls; the teacher's entropy is not the student's to lower."""
     first, last, *_ = overfit("dino")
     assert last["kl"] < 0.25 * first["kl"]
 
