@@ -58,6 +58,8 @@ class Config(StageConfig):
     """Weight of mean (r_chosen + r_rejected)² (Eisenstein et al. 2023); 0: the offset alone centres rewards."""
     evaluation_pairs: PositiveInt = 1024
     """Held-out pairs at most."""
+    evaluation_split: Literal["validation", "test"] = "test"
+    """Pairs that give the figure; validation, to choose hyper-parameters by."""
     optim: Optim = Optim()
     train: Train = Train()
     track: TrackConfig = TrackConfig()
@@ -201,7 +203,7 @@ def chosen_pairs(data: Preferences, limit: int) -> list[int]:
 
 def evaluate(objective: RewardModel, before: RewardModel, tokens: Any, config: Config, run: Run) -> Score:
     """Held-out pairs in which the chosen answer has the higher reward; half of them is chance."""
-    held_out = Preferences(config.data, tokens, "test")
+    held_out = Preferences(config.data, tokens, config.evaluation_split)
     ids = chosen_pairs(held_out, config.evaluation_pairs)
     chosen, rejected = rewards_of(objective, held_out, ids, config.train.precision)
     first_chosen, first_rejected = rewards_of(before, held_out, ids, config.train.precision)

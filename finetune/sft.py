@@ -56,6 +56,8 @@ class Train(TrainConfig):
 class Evaluation(BaseConfig):
     """Held-out conversations before and after."""
 
+    split: Literal["validation", "test"] = "test"
+    """validation: to choose hyper-parameters by."""
     metric: Literal["exact", "nats"] = "nats"
     """exact: greedy answers that are right to the letter. nats: mean negative log-likelihood of an answer's token."""
     examples: PositiveInt = 512
@@ -179,7 +181,7 @@ def main(config: Config) -> artifact.Artifact:
 
 def evaluate(model: Any, base: Any, tokens: Any, config: Config, run: Run) -> Score:
     """The figure of the table, and a few answers before and after for the report."""
-    prompts = preferences.prompts(config.data, tokens, "test")
+    prompts = preferences.prompts(config.data, tokens, config.evaluation.split)
     ids = chosen_examples(len(prompts), config.evaluation.examples)
     shown = ids if config.evaluation.metric == "exact" else ids[:12]
     right, after = exact_answers(model, tokens, prompts, shown, config)
@@ -205,7 +207,7 @@ def evaluate(model: Any, base: Any, tokens: Any, config: Config, run: Run) -> Sc
             metric="exact answers", after=float(right.mean()), before=float(base_right.mean()), low=low, high=high,
             n=len(np.unique(clusters)), unit=unit, note=f"{len(ids)} prompts, greedy",
         )  # fmt: skip
-    held_out = Chats(config.data.model_copy(update={"packing": "none"}), tokens, "test")
+    held_out = Chats(config.data.model_copy(update={"packing": "none"}), tokens, config.evaluation.split)
     ids = chosen_examples(len(held_out), config.evaluation.examples)
     nats, count = answer_nats(model, held_out, ids, config.train.precision)
     base_nats, _ = answer_nats(base, held_out, ids, config.train.precision)

@@ -63,6 +63,8 @@ class Config(StageConfig):
     data: TextConfig
     tokenizer: TokenizerConfig = TokenizerConfig(style="causal", vocab_size=50_257)
     model: CausalConfig = CausalConfig()
+    evaluation_split: Literal["validation", "test"] = "test"
+    """Documents that give the figure; validation, to choose hyper-parameters by."""
     optim: Optim = Optim()
     train: Train = Train()
     track: TrackConfig = TrackConfig()
@@ -113,8 +115,8 @@ def evaluate(model: Any, before: Any, held_out: Packed, documents: dict[str, lis
     after, first = per_document(model), per_document(before)
     encoded = {split: [document.encode() for document in found] for split, found in documents.items()}
     trigram = ByteTrigram(encoded["train"], encoded["validation"])
-    nats = np.array([trigram.nats(document).sum() for document in encoded["test"]])
-    size = np.array([len(document) for document in encoded["test"]])
+    nats = np.array([trigram.nats(document).sum() for document in encoded["held out"]])
+    size = np.array([len(document) for document in encoded["held out"]])
     scored = after.bytes > 0
     bits = after.nats[scored] / (np.log(2) * after.bytes[scored])
     low, high = bootstrap(bits, weights=after.bytes[scored])
@@ -151,7 +153,7 @@ def main(config: Config) -> artifact.Artifact:
     distributed.setup(config.train.device)
     parents = artifact.open_parents(config)
     with Run.open(config, parents) as run:
-        documents = {split: text.documents(config.data, split) for split in ("train", "validation", "test")}
+        documents = {split: text.documents(config.data, split) for split in ("train", "validation")}
         if "init" in parents:
             tokens = language.read_tokenizer(parents["init"])
         else:
@@ -170,10 +172,11 @@ def main(config: Config) -> artifact.Artifact:
         fit(objective, stream, optim, config.train, run, steps=steps, seed=config.seed)
 
         model = objective.model.eval()
-        held_out = Packed(config.data, tokens, "test", style="causal", at_least=0)
+        held_out = Packed(config.data, tokens, config.evaluation_split, style="causal", at_least=0)
         before = untrained().to(distributed.device())
+        documents["held out"] = text.documents(config.data, config.evaluation_split)
         score = evaluate(model, before, held_out, documents, tokens, config.train.precision)
-        beginnings = [" ".join(document.split()[:6]) for document in documents["test"][:8]]
+        beginnings = [" ".join(document.split()[:6]) for document in documents["held out"][:8]]
         run.samples("continuations", continuations(model, tokens, beginnings), "Held-out beginnings, continued")
         return run.publish(
             WRITES,

@@ -64,6 +64,8 @@ class Config(StageConfig):
     """Share of a row's ordinary tokens that are selected, exactly and at least one."""
     mask_replace_prob: float = Field(0.8, ge=0, le=1)
     random_replace_prob: float = Field(0.1, ge=0, le=1)
+    evaluation_split: Literal["validation", "test"] = "test"
+    """Documents that give the figure; validation, to choose hyper-parameters by."""
     optim: Optim = Optim()
     train: Train = Train()
     track: TrackConfig = TrackConfig()
@@ -234,7 +236,7 @@ def main(config: Config) -> artifact.Artifact:
         )
         fit(objective, stream, optim, config.train, run, steps=steps, seed=config.seed)
 
-        held_out = Packed(config.data, tokens, "test", style="encoder", at_least=0)
+        held_out = Packed(config.data, tokens, config.evaluation_split, style="encoder", at_least=0)
         objective.eval()
         score = evaluate(objective, held_out, train, tokens, config, untrained().to(distributed.device()))
         run.samples("masked_tokens", examples(objective, held_out, tokens, config), "Held-out rows, asked and answered")

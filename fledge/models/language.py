@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from fledge.artifact import Artifact
@@ -52,6 +52,8 @@ class EncoderConfig(Config):
     """None: 4 · embed_dim."""
     context_length: PositiveInt = 512
     dropout: float = 0.1
+    init_std: PositiveFloat = 0.02
+    """Of matrices and embeddings, truncated at two of it. BERT's .02 is for widths about 768; narrow models want more."""
     vocab_multiple: PositiveInt = 8
 
     @model_validator(mode="after")
@@ -112,7 +114,7 @@ def build_causal(config: CausalConfig, tokenizer: Any) -> nn.Module:
 
 
 def build_encoder(config: EncoderConfig, tokenizer: Any) -> nn.Module:
-    """A BERT masked LM (embeddings tied to the decoder behind dense + GELU + LayerNorm), truncated to 2 sigma of .02."""
+    """A BERT masked LM (embeddings tied to the decoder behind dense + GELU + LayerNorm), truncated to 2 sigma."""
     from transformers import BertConfig, BertForMaskedLM
 
     model = BertForMaskedLM(
@@ -132,7 +134,7 @@ def build_encoder(config: EncoderConfig, tokenizer: Any) -> nn.Module:
     )
     for layer in model.modules():
         if isinstance(layer, nn.Linear | nn.Embedding):
-            nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.04, b=0.04)
+            nn.init.trunc_normal_(layer.weight, std=config.init_std, a=-2 * config.init_std, b=2 * config.init_std)
     return model
 
 
