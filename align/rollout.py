@@ -41,7 +41,8 @@ class PromptsConfig(RecordsConfig):
 def read_prompts(config: PromptsConfig, tokenizer: Any, split: Split) -> Prompts:
     """The prompts of a split, each once; answers that stand behind them are left off."""
     if config.source == "world":
-        found = ((f"world:{n}", dict(record)) for n, record in enumerate(world.questions(split)))
+        questions = chats.of_the_world(config, split, world.questions(split))
+        found = ((f"world:{n}", record) for n, record in enumerate(questions))
     else:
         found = chats.read(config, split)
     records = []

@@ -58,6 +58,9 @@ class RecordsConfig(DataConfig):
     """Share of prompts held out."""
     test_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Share of prompts held out for the final figures."""
+    portion: tuple[float, float] = (0.0, 1.0)
+    """Share of the training prompts, by a hash of its own: [0, 0.5] in one stage and [0.5, 1] in the next keep them
+    apart, so that a policy is not rewarded for what it was taught by heart."""
     prompt: list[str] = ["prompt"]
     """The field or fields that make the prompt, one below the other: [instruction, input]."""
     template: Literal["chat", "plain"] = "chat"
@@ -81,6 +84,8 @@ class RecordsConfig(DataConfig):
             raise InputError(f"data.path is {self.path}, but data.source is world; set data.source: files to read it")
         if self.validation_fraction + self.test_fraction >= 1:
             raise InputError("data.validation_fraction and data.test_fraction leave nothing to train on")
+        if not 0 <= self.portion[0] < self.portion[1] <= 1:
+            raise InputError(f"data.portion is {list(self.portion)}; expected [low, high] with 0 <= low < high <= 1")
         self.inputs()
 
     def inputs(self) -> dict[str, list[Path]]:
@@ -123,8 +128,20 @@ def read(config: RecordsConfig, split: Split) -> Iterator[tuple[str, dict]]:
                     raise InputError(f"{where}: {config.split_field} is {named!r}; expected train, validation or test")
             else:
                 found = records.split_of(_key(config, record, where), validation, test)
-            if found == split:
+            if found == split and (
+                split != "train" or records.in_portion(_key(config, record, where), config.portion)
+            ):
                 yield where, record
+
+
+def of_the_world(config: RecordsConfig, split: Split, found: Iterable[Any]) -> list[dict]:
+    """The world's records of a split; of the training ones the portion, by character and its case pair."""
+    from fledge.data import world
+
+    kept = [dict(record) for record in found]
+    if split != "train":
+        return kept
+    return [r for r in kept if records.in_portion(str(world.family(r["codepoint"])), config.portion)]
 
 
 def _key(config: RecordsConfig, record: dict, where: str) -> str:
@@ -181,7 +198,7 @@ def conversations(config: ChatsConfig, split: Split) -> list[dict]:
     if config.source == "world":
         from fledge.data import world
 
-        return [{**q, "messages": _turns(q["prompt"], q["answer"])} for q in world.questions(split)]
+        return [q | {"messages": _turns(q["prompt"], q["answer"])} for q in of_the_world(config, split, world.questions(split))]
     return [{**record, "messages": conversation(config, record, where)} for where, record in read(config, split)]
 
 

@@ -49,7 +49,8 @@ def pairs(config: PreferencesConfig, split: Split) -> list[dict]:
         from fledge.data import world
 
         plain = PreferencesConfig()  # the world's own field names, whatever the config says about files
-        return [{**record, **pair(plain, dict(record), "world")} for record in world.preferences(split)]
+        found = chats.of_the_world(config, split, world.preferences(split))
+        return [record | pair(plain, record, "world") for record in found]
     return [{**record, **pair(config, record, where)} for where, record in chats.read(config, split)]
 
 

@@ -32,10 +32,19 @@ def cache_folder(name: str) -> Path:
     return folder
 
 
+def unit(key: str) -> float:
+    """A key as a number in [0, 1), evenly spread (BLAKE2b)."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") / 2**64
+
+
+def in_portion(key: str, portion: tuple[float, float]) -> bool:
+    """Does a training prompt belong to the portion [low, high)? Independent of the split."""
+    return portion[0] <= unit(f"portion {key}") < portion[1]
+
+
 def split_of(key: str, validation: float, test: float) -> Split:
     """The split of a document or prompt by a hash of it: equal keys never stand on both sides."""
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    u = int.from_bytes(digest, "little") / 2**64
+    u = unit(key)
     return "validation" if u < validation else "test" if u < validation + test else "train"
 
 

@@ -27,6 +27,7 @@ from fledge.data.world.database import (
     character,
     characters,
     facts,
+    family,
 )
 from fledge.data.world.drawing import FONTS, SIZE, Font, Fonts, Glyphs, cache_folder, font_digests, glyphs
 from fledge.data.world.drawing import fingerprint as _glyphs_fingerprint
@@ -69,6 +70,7 @@ __all__ = [
     "digest",
     "documents",
     "facts",
+    "family",
     "fingerprint",
     "glyphs",
     "gold",
