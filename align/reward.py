@@ -36,7 +36,7 @@ class Parents(BaseConfig):
 
 
 class Optim(OptimConfig):
-    """Huang et al. 2024 (summarize_from_feedback_details): 3e-6, cosine, eps 1e-5, torch's weight decay, no clipping."""
+    """Huang et al. 2024 (summarize_from_feedback_details): 3e-6, cosine, eps 1e-5, torch's decay, no clipping."""
 
     lr: float = 3e-6
     eps: float = 1e-5

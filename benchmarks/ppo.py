@@ -14,8 +14,7 @@ import torch.nn.functional as F
 
 from align import rlhf
 from align.ppo import PPO, Algorithm, Config, Rollout, Rollouts, Train, Value, build_value
-from align.rollout import FunctionScorer
-from align.rollout import PromptsConfig
+from align.rollout import FunctionScorer, PromptsConfig
 from fledge.optim import Optim
 from fledge.stream import cut, rows_of, share
 from fledge.train import update
@@ -51,7 +50,9 @@ def score(records: list[dict], texts: list[str]) -> list[float]:
 
 def pair(model: Callable[[], Any]) -> tuple[Callable[[int], object], Callable[[int], object]]:
     g = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(3, 1024, (int(n),), generator=g).tolist() for n in torch.randint(6, 24, (256,), generator=g)]
+    prompts = [
+        torch.randint(3, 1024, (int(n),), generator=g).tolist() for n in torch.randint(6, 24, (256,), generator=g)
+    ]
     tokenizer = SimpleNamespace(
         eos_token_id=EOS, pad_token_id=PAD, batch_decode=lambda rows, **_: [" ".join(map(str, row)) for row in rows]
     )
@@ -93,7 +94,9 @@ def _plain(policy: Any, prompts: list[list[int]], tokenizer: Any) -> Callable[[i
 
     def logprobs(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -T - 1 : -1]
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[
+            :, -T - 1 : -1
+        ]
         return F.log_softmax(logits, -1).gather(2, ids[:, -T:, None]).squeeze(2)
 
     def values(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -119,7 +122,9 @@ def _plain(policy: Any, prompts: list[list[int]], tokenizer: Any) -> Callable[[i
             old = torch.cat([logprobs(policy, said[p], mask[p]) for p in pieces])
             ref = torch.cat([logprobs(reference, said[p], mask[p]) for p in pieces])
             old_values = torch.cat([values(said[p], mask[p]) for p in pieces])
-            texts = tokenizer.batch_decode([row[m.bool()].tolist() for row, m in zip(said[:, width:], real, strict=True)])
+            texts = tokenizer.batch_decode(
+                [row[m.bool()].tolist() for row, m in zip(said[:, width:], real, strict=True)]
+            )
             rewards = rlhf.token_rewards(old - ref, torch.tensor(score([], texts)), real, 0.05)
             advantages, returns = rlhf.gae(rewards, old_values, real, 1.0, 0.95)
             advantages = rlhf.whiten(advantages, real)

@@ -20,7 +20,9 @@ def adamw(parameters: Any) -> torch.optim.AdamW:
 def ours(objective: torch.nn.Module, batch: dict[str, Tensor], pieces: int = 1) -> Callable[[int], object]:
     """The loop's own update on a batch cut into ``pieces`` micro-batches."""
     optim = Optim(adamw(decay_groups(objective)), lr=lambda step: 1e-4, weight_decay=lambda step: 0.05)
-    cuts = [dict(zip(batch, rows, strict=True)) for rows in zip(*(x.chunk(pieces) for x in batch.values()), strict=True)]
+    cuts = [
+        dict(zip(batch, rows, strict=True)) for rows in zip(*(x.chunk(pieces) for x in batch.values()), strict=True)
+    ]
     return lambda step: update(objective, cuts, step, optim)
 
 
@@ -61,7 +63,9 @@ def small_llama(context: int = 128) -> Any:
 
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     tokenizer = type("Tokenizer", (types.SimpleNamespace,), {"__len__": lambda self: 1024})(**ids)
-    return build_causal(CausalConfig(arch="llama", embed_dim=128, depth=4, num_heads=4, context_length=context), tokenizer)
+    return build_causal(
+        CausalConfig(arch="llama", embed_dim=128, depth=4, num_heads=4, context_length=context), tokenizer
+    )
 
 
 def clm() -> tuple[Callable, Callable]:
@@ -72,7 +76,12 @@ def clm() -> tuple[Callable, Callable]:
     ids = torch.randint(3, 1024, (B, T))
     document = torch.arange(T).div(32, rounding_mode="floor").expand(B, T) + 1
     labels = ids.roll(-1, 1).masked_fill(document.roll(-1, 1) != document, -100)
-    batch = {"input_ids": ids, "document": document, "position": torch.arange(T).remainder(32).expand(B, T), "labels": labels}
+    batch = {
+        "input_ids": ids,
+        "document": document,
+        "position": torch.arange(T).remainder(32).expand(B, T),
+        "labels": labels,
+    }
     peer = small_llama()
     optimizer = adamw(peer.parameters())
 

@@ -122,7 +122,9 @@ def groups_of(records: list[dict]) -> tuple[np.ndarray, str]:
     return np.arange(len(records)), "examples"
 
 
-def exact_answers(model: Any, tokens: Any, prompts: Prompts, ids: list[int], config: Config) -> tuple[Tensor, list[str]]:
+def exact_answers(
+    model: Any, tokens: Any, prompts: Prompts, ids: list[int], config: Config
+) -> tuple[Tensor, list[str]]:
     """(N,) 1. where the greedy answer is the wanted one, and the answers."""
     given = generation.answers(
         model, tokens, prompts, ids, max_new_tokens=config.evaluation.max_new_tokens, precision=config.train.precision

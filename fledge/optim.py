@@ -46,9 +46,7 @@ def one_dimensional(name: str, parameter: Tensor) -> bool:
     return parameter.ndim <= 1 or name.endswith(".bias")
 
 
-def decay_groups(
-    module: nn.Module, exempt: Callable[[str, Tensor], bool] = one_dimensional, **extra
-) -> list[dict]:
+def decay_groups(module: nn.Module, exempt: Callable[[str, Tensor], bool] = one_dimensional, **extra) -> list[dict]:
     """Two groups of trainable parameters, tied ones once: decayed, and those for which ``exempt(name, p)``."""
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     decayed = [p for n, p in named if not exempt(n, p)]
@@ -68,7 +66,7 @@ def clip_global(parameters: Iterable[Tensor], limit: float | None) -> Tensor:
 
 
 def clip_each(parameters: Iterable[Tensor], limit: float | None) -> Tensor:
-    """Scale each tensor's gradient by min(1, limit / (‖g‖ + 1e-6)) (dino utils.clip_gradients); returns the global norm."""
+    """Scale each tensor's gradient by min(1, limit / (‖g‖ + 1e-6)) (dino clip_gradients); returns the global norm."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch._foreach_norm(grads)
     if limit is not None:
@@ -116,9 +114,7 @@ class Optim:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def adamw(
-    groups: list[dict], config: OptimConfig, *, batch: int, steps: int, steps_per_epoch: int, **optim
-) -> Optim:
+def adamw(groups: list[dict], config: OptimConfig, *, batch: int, steps: int, steps_per_epoch: int, **optim) -> Optim:
     """AdamW over ``groups`` with the config's rates; ``optim`` passes weight_decay(step) or clip_mode on."""
     lr = config.lr_at(batch, steps, steps_per_epoch)
     optimizer = torch.optim.AdamW(groups, lr=lr(0), betas=config.betas, eps=config.eps, weight_decay=0.0)

@@ -71,7 +71,7 @@ def autocast(precision: str) -> contextlib.AbstractContextManager:
     return torch.autocast(distributed.device().type, dtype=torch.bfloat16)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> Any:
     """The objective inside DDP."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
@@ -90,7 +90,7 @@ def backward(
     for i, micro_batch in enumerate(micro_batches):
         torch.manual_seed(derive("dropout", seed, step, distributed.rank(), i))
         last = i == len(micro_batches) - 1
-        with contextlib.nullcontext() if last or model is objective else model.no_sync():
+        with contextlib.nullcontext() if last or model is objective else model.no_sync():  # type: ignore[operator]
             with autocast(precision):
                 outputs = model(micro_batch, step)
             losses = [weight * outputs[name] / max(counts[name], 1) for name, weight in objective.weights.items()]
@@ -171,7 +171,7 @@ def fit(
                 except RunError as error:
                     raise RunError(explain(error, step, run)) from None
                 stream.observe(step, means)
-                values = scalars(means, objective.weights) | {"grad_norm": norm.item(), "lr": optim.lr(step)}
+                values = scalars(means, unwrap(model).weights) | {"grad_norm": norm.item(), "lr": optim.lr(step)}
                 seconds = time.perf_counter() - began
                 if step % config.log_every == 0 or step == steps - 1:
                     timing = {"time/step": seconds, "time/data": waited, "time/rows_per_second": stream.batch / seconds}

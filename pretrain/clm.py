@@ -72,7 +72,9 @@ class Config(StageConfig):
     @model_validator(mode="after")
     def _fits(self) -> "Config":
         if self.data.seq_len > self.model.context_length:
-            raise ValueError(f"data.seq_len {self.data.seq_len} exceeds model.context_length {self.model.context_length}")
+            raise ValueError(
+                f"data.seq_len {self.data.seq_len} exceeds model.context_length {self.model.context_length}"
+            )
         return self
 
 
@@ -105,7 +107,9 @@ class CLM(nn.Module):
 # ------------------------------------------------------------------------------------------------------------- stage
 
 
-def evaluate(model: Any, before: Any, held_out: Packed, documents: dict[str, list[str]], tokens: Any, precision: str) -> Score:
+def evaluate(
+    model: Any, before: Any, held_out: Packed, documents: dict[str, list[str]], tokens: Any, precision: str
+) -> Score:
     """Bits per byte of held-out documents, beside an interpolated byte trigram fitted on the same training text."""
 
     def per_document(model: Any) -> PerDocument:

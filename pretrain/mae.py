@@ -21,8 +21,8 @@ from fledge.evals.vision import VisionEval, evaluate
 from fledge.models import vit
 from fledge.models.vit import ViTConfig
 from fledge.optim import OptimConfig, adamw, decay_groups
-from fledge.stream import Batch, DataStream, derive, generator
 from fledge.pictures import picture_grid
+from fledge.stream import Batch, DataStream, derive, generator
 from fledge.track import Run, TrackConfig
 from fledge.train import TrainConfig, fit
 
@@ -154,7 +154,10 @@ class MAE(nn.Module):
         self.decoder_pos_embed = nn.Parameter(vit.sincos_pos_embed(decoder.embed_dim, grid), requires_grad=False)
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.decoder_blocks = nn.Sequential(
-            *(Block(decoder.embed_dim, decoder.num_heads, 4.0, qkv_bias=True, norm_layer=norm) for _ in range(decoder.depth))
+            *(
+                Block(decoder.embed_dim, decoder.num_heads, 4.0, qkv_bias=True, norm_layer=norm)
+                for _ in range(decoder.depth)
+            )
         )
         self.decoder_norm = norm(decoder.embed_dim)
         self.decoder_pred = nn.Linear(decoder.embed_dim, model.patch_size**2 * model.in_chans)
@@ -166,7 +169,9 @@ class MAE(nn.Module):
         projection = self.encoder.patch_embed.proj.weight
         nn.init.xavier_uniform_(projection.view(len(projection), -1))
         grid = self.config.model.img_size // self.config.model.patch_size
-        self.encoder.pos_embed = nn.Parameter(vit.sincos_pos_embed(self.config.model.embed_dim, grid), requires_grad=False)
+        self.encoder.pos_embed = nn.Parameter(
+            vit.sincos_pos_embed(self.config.model.embed_dim, grid), requires_grad=False
+        )
         nn.init.normal_(self.encoder.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
 
@@ -217,7 +222,8 @@ class MaskedImages:
 
     def __call__(self, ids: list[int], seeds: list[int]) -> Batch:
         noise = [
-            torch.rand(self.num_patches, generator=torch.Generator().manual_seed(derive("mask", seed))) for seed in seeds
+            torch.rand(self.num_patches, generator=torch.Generator().manual_seed(derive("mask", seed)))
+            for seed in seeds
         ]
         return self.rows(ids, seeds) | {"noise": torch.stack(noise)}
 

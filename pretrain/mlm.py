@@ -73,7 +73,9 @@ class Config(StageConfig):
     @model_validator(mode="after")
     def _fits(self) -> "Config":
         if self.data.seq_len > self.model.context_length:
-            raise ValueError(f"data.seq_len {self.data.seq_len} exceeds model.context_length {self.model.context_length}")
+            raise ValueError(
+                f"data.seq_len {self.data.seq_len} exceeds model.context_length {self.model.context_length}"
+            )
         return self
 
 
@@ -152,7 +154,9 @@ def evaluate(objective: MLM, held_out: Packed, train: Packed, tokens: Any, confi
         def logits(batch: Batch) -> Tensor:
             with autocast(config.train.precision):
                 B, T = batch["input_ids"].shape
-                return model.logits(batch, torch.ones(B, T, dtype=torch.bool, device=batch["input_ids"].device)).view(B, T, -1)
+                return model.logits(batch, torch.ones(B, T, dtype=torch.bool, device=batch["input_ids"].device)).view(
+                    B, T, -1
+                )
 
         found = score_documents(logits, batch_of, held_out, sizes, rows=32, causal=False)
         return found.correct, found.tokens
@@ -163,7 +167,9 @@ def evaluate(objective: MLM, held_out: Packed, train: Packed, tokens: Any, confi
     first_correct, first_total = accuracy(before)
     sample = train.rows(list(range(min(len(train), 4000))))
     guess = neighbour_bigram(
-        sample["input_ids"], maskable(sample["input_ids"], sample["document"], tokenizer.special_ids(tokens)), len(tokens)
+        sample["input_ids"],
+        maskable(sample["input_ids"], sample["document"], tokenizer.special_ids(tokens)),
+        len(tokens),
     )
     hits = frequent = 0
     common = int(guess(torch.tensor([-1]), torch.tensor([-1])))

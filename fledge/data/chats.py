@@ -128,9 +128,7 @@ def read(config: RecordsConfig, split: Split) -> Iterator[tuple[str, dict]]:
                     raise InputError(f"{where}: {config.split_field} is {named!r}; expected train, validation or test")
             else:
                 found = records.split_of(_key(config, record, where), validation, test)
-            if found == split and (
-                split != "train" or records.in_portion(_key(config, record, where), config.portion)
-            ):
+            if found == split and (split != "train" or records.in_portion(_key(config, record, where), config.portion)):
                 yield where, record
 
 
@@ -198,7 +196,10 @@ def conversations(config: ChatsConfig, split: Split) -> list[dict]:
     if config.source == "world":
         from fledge.data import world
 
-        return [q | {"messages": _turns(q["prompt"], q["answer"])} for q in of_the_world(config, split, world.questions(split))]
+        return [
+            q | {"messages": _turns(q["prompt"], q["answer"])}
+            for q in of_the_world(config, split, world.questions(split))
+        ]
     return [{**record, "messages": conversation(config, record, where)} for where, record in read(config, split)]
 
 

@@ -34,9 +34,15 @@ def answers(
         rows = {name: x.to(distributed.device()) for name, x in prompts.rows([ids[k] for k in some]).items()}
         with autocast(precision):
             said, mask = sample(
-                model, **rows, max_new_tokens=min(max_new_tokens, room(model, rows["input_ids"])), temperature=0.0,
-                seeds=[0] * len(some), eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
-            )  # fmt: skip
+                model,
+                rows["input_ids"],
+                rows["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                temperature=0.0,
+                seeds=[0] * len(some),
+                eos_id=tokenizer.eos_token_id,
+                pad_id=tokenizer.pad_token_id,
+            )
         for k, row, real in zip(some, said, mask.bool(), strict=True):
             found[k] = tokenizer.decode(row[real].tolist(), skip_special_tokens=True).strip()
     return [found[k] for k in range(len(ids))]

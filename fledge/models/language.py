@@ -53,7 +53,7 @@ class EncoderConfig(Config):
     context_length: PositiveInt = 512
     dropout: float = 0.1
     init_std: PositiveFloat = 0.02
-    """Of matrices and embeddings, truncated at two of it. BERT's .02 is for widths about 768; narrow models want more."""
+    """Of matrices and embeddings, truncated at two of it. BERT's .02 is for widths about 768."""
     vocab_multiple: PositiveInt = 8
 
     @model_validator(mode="after")
@@ -67,12 +67,12 @@ def padded_vocab(tokenizer: Any, multiple: int) -> int:
     return -(-len(tokenizer) // multiple) * multiple
 
 
-def special_ids(tokenizer: Any) -> dict[str, int | None]:
+def special_ids(tokenizer: Any) -> dict[str, Any]:
     return {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
 
 
 def build_causal(config: CausalConfig, tokenizer: Any) -> nn.Module:
-    """A causal LM with tied embeddings, N(0, .02), residual projections N(0, .02 / sqrt(2 · depth)) (GPT-2, nanoGPT)."""
+    """A causal LM with tied embeddings, N(0, .02), residual projections N(0, .02 / sqrt(2 · depth)) (nanoGPT)."""
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     vocab = padded_vocab(tokenizer, config.vocab_multiple)

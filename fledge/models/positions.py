@@ -5,11 +5,11 @@ whose gradient is deterministic on every device (the backward of bicubic `interp
 """
 
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 Mode = Literal["reference", "timm"]
 
@@ -51,7 +51,7 @@ def interpolate_pos_embed(
     return torch.cat([pos_embed[:, :prefix], patches], dim=1)
 
 
-def tokens(vit: nn.Module, images: Tensor) -> Tensor:
+def tokens(vit: Any, images: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, 1 + N, D): timm's `forward_features` with DINO's rule for positions at another size."""
     x = vit.patch_embed.proj(images)  # (B, D, h, w)
     h, w = x.shape[-2:]

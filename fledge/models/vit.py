@@ -1,4 +1,4 @@
-"""Vision transformers: timm's ``VisionTransformer`` (its blocks, its key names, its loading), built from a typed config.
+"""Vision transformers: timm's ``VisionTransformer`` (its blocks, key names and loading), built from a typed config.
 
 B images, C channels, H x W pixels, P patch side, N = 1 + L tokens (cls first, patches row-major), D width.
 """
@@ -50,7 +50,7 @@ class ViTConfig(Config):
 
 
 def build(config: ViTConfig, *, drop_path_rate: float = 0.0, num_classes: int = 0) -> "VisionTransformer":
-    """A timm ViT without a head, feature = cls after the final LayerNorm (eps 1e-6), weights as timm initialises them."""
+    """A timm ViT without a head: feature = cls after the final LayerNorm (eps 1e-6), weights as timm draws them."""
     from timm.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(
@@ -88,8 +88,10 @@ def xavier_init(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def save(model: nn.Module, config: ViTConfig, preprocessing: dict, folder: Path, classes: list[str] | None = None) -> None:
-    """Write timm's ``local-dir:`` form: model.safetensors and config.json (architecture, sizes, mean, std, input size)."""
+def save(
+    model: nn.Module, config: ViTConfig, preprocessing: dict, folder: Path, classes: list[str] | None = None
+) -> None:
+    """Write timm's ``local-dir:`` form: model.safetensors, and config.json with architecture, sizes, mean and std."""
     from safetensors.torch import save_file
 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -143,7 +145,9 @@ def load(model: nn.Module, config: ViTConfig, artifact: Artifact) -> str:
     sizes = read_config(artifact)
     if sizes != config:
         differ = [f"{k} {v} here, {getattr(sizes, k)} there" for k, v in config if getattr(sizes, k) != v]
-        raise InputError(f"{artifact.path} does not fit model: {', '.join(differ)}; give model the sizes of the artifact")
+        raise InputError(
+            f"{artifact.path} does not fit model: {', '.join(differ)}; give model the sizes of the artifact"
+        )
     return load_state(model, load_file(artifact.path / "model.safetensors"), where=str(artifact.path))
 
 

@@ -35,7 +35,13 @@ def double():
 
 def config(**changes) -> Config:
     data = ImagesConfig(source="folder", path="unused")
-    return Config(data=data, augment=AugmentConfig(size=32), model=SMALL, decoder=Decoder(embed_dim=16, depth=2, num_heads=4), **changes)
+    return Config(
+        data=data,
+        augment=AugmentConfig(size=32),
+        model=SMALL,
+        decoder=Decoder(embed_dim=16, depth=2, num_heads=4),
+        **changes,
+    )
 
 
 def ours(name: str) -> str:
@@ -127,8 +133,8 @@ def test_equals_transformers_vitmae():
     mae = MAE(config())
     theirs = ViTMAEForPreTraining(
         ViTMAEConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, image_size=32, patch_size=8,
-            decoder_hidden_size=16, decoder_num_hidden_layers=2, decoder_num_attention_heads=4,
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, image_size=32,
+            patch_size=8, decoder_hidden_size=16, decoder_num_hidden_layers=2, decoder_num_attention_heads=4,
             decoder_intermediate_size=64, mask_ratio=0.75, norm_pix_loss=True, layer_norm_eps=1e-6,
         )
     ).double()  # fmt: skip
