@@ -37,7 +37,7 @@ def answers(
                 model,
                 rows["input_ids"],
                 rows["attention_mask"],
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=min(max_new_tokens, room(model, rows["input_ids"])),
                 temperature=0.0,
                 seeds=[0] * len(some),
                 eos_id=tokenizer.eos_token_id,
