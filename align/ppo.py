@@ -10,6 +10,7 @@ B rows, P prompt positions (padded on the left), T response positions (padded on
 """
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -109,6 +110,8 @@ class Value(BaseConfig):
     """The reward model's head, zeros (Ziegler et al. 2019), or N(0, 1/(d + 1)) (Stiennon et al. 2020)."""
     lr_scale: PositiveFloat = 1.0
     """Its learning rate beside the policy's."""
+    warmup: Duration = 0
+    """Updates in which it learns alone, before its policy does (as verl's critic_warmup)."""
 
 
 class Optim(OptimConfig):
@@ -148,6 +151,10 @@ class Config(StageConfig):
     judge: str | None = None
     """``module:function`` of the same form that judges before and after and that PPO never sees; None: the Unicode
     database for the world, else the reward itself."""
+    trainable: str | None = None
+    """Learn only the policy's parameters whose names hold this regular expression, such as ``norm``; None: all. An
+    answer teaches a few bits, and what it teaches millions of parameters is mostly noise; few answers, few parameters
+    (Zhao et al. 2023, https://arxiv.org/abs/2312.11420, tune the gains of the norms alone)."""
     rollout: Rollout = Rollout()
     kl: KL = KL()
     ppo: Algorithm = Algorithm()
@@ -163,6 +170,10 @@ class Config(StageConfig):
             raise ValueError(f"rollout.batch {self.rollout.batch} is not a multiple of train.batch {self.train.batch}")
         if self.value.init == "policy" and self.value.head == "reward":
             raise ValueError("value.head is reward, but value.init is policy; use zero or normal")
+        try:
+            re.compile(self.trainable or "")
+        except re.error as error:
+            raise ValueError(f"trainable {self.trainable!r} is no regular expression: {error}") from error
         return self
 
 
@@ -382,6 +393,22 @@ def build_value(config: Value, policy: Any, parents: dict[str, Artifact]) -> Val
     return ValueModel(trunk, value_head(policy.config.hidden_size, config.head))
 
 
+def choose_trainable(policy: nn.Module, pattern: str | None) -> list[nn.Parameter]:
+    """The parameters that learn; the others are frozen.
+
+    Raises:
+        InputError: ``pattern`` matches no name.
+    """
+    chosen = [p for name, p in policy.named_parameters() if pattern is None or re.search(pattern, name)]
+    if not chosen:
+        some = ", ".join(name for name, _ in list(policy.named_parameters())[:4])
+        raise InputError(f"trainable: {pattern!r} is found in no name of the policy's parameters, such as {some}")
+    policy.requires_grad_(False)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    return chosen
+
+
 def check_length(config: Config, policy: Any, artifact_: Artifact) -> None:
     room, wanted = policy.config.max_position_embeddings, config.data.max_length + config.rollout.max_new_tokens
     if wanted > room:
@@ -408,11 +435,15 @@ def main(config: Config) -> Artifact:
         reference = copy.deepcopy(policy).eval().requires_grad_(False).to(device)
         torch.manual_seed(derive("init", config.seed))
         value = build_value(config.value, policy, parents)
+        learning = choose_trainable(policy, config.trainable)
         objective = PPO(policy, value, config.ppo, config.rollout.temperature).to(device)
         stream = Rollouts(objective, reference, prompts, scorer, tokens, config)
         steps = resolve(config.train.steps, stream.steps_per_epoch)
+        warmup = resolve(config.value.warmup, stream.steps_per_epoch)
+        if warmup >= steps:
+            raise InputError(f"value.warmup {warmup} leaves the policy none of the {steps} train.steps; lower it")
         groups = [
-            {"params": list(policy.parameters())},
+            {"params": learning, "start_step": warmup},
             {"params": list(value.parameters()), "lr_scale": config.value.lr_scale},
         ]
         optim = adamw(groups, config.optim, batch=stream.batch, steps=steps, steps_per_epoch=stream.steps_per_epoch)

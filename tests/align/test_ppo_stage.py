@@ -1,5 +1,7 @@
 """PPO as a stage: folder in, folder out, with a function and with a reward model; and the inputs that it refuses."""
 
+import json
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -95,10 +97,45 @@ def test_a_reward_model_and_a_judge(home, monkeypatch):
     assert len(lines) == 8 and '"train/objective/kl"' in lines[0]
 
 
+def moved_by(home, made):
+    before, after = artifact.open(home / "chat").tensors(), made.tensors()
+    return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+
+
+def test_only_what_is_trainable_moves(home, monkeypatch):
+    monkeypatch.chdir(home)
+    value = {"init": "policy", "head": "zero"}
+    made = ppo.main(settings(home, name="norms", reward="likes:first_letter", value=value, trainable="norm"))
+    assert moved_by(home, made) == {name for name in made.tensors() if "norm" in name}
+    curve = [json.loads(line) for line in (home / "runs" / "norms" / "metrics.jsonl").read_text().splitlines()]
+    assert curve[-1]["train/value_loss"] != curve[0]["train/value_loss"]  # freezing the policy leaves the value free
+
+
+def test_the_value_learns_alone_while_it_warms_up(home, monkeypatch):
+    """The policy has only the last update, at which the rate is not yet 0; its optimiser has counted one step."""
+    monkeypatch.chdir(home)
+    value = {"init": "policy", "head": "zero", "warmup": 7}
+    steps = []
+    original = torch.optim.AdamW.step
+
+    def step(self, *args, **kw):
+        found = original(self, *args, **kw)
+        steps.append([int(self.state[group["params"][0]].get("step", 0)) for group in self.param_groups])
+        return found
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    made = ppo.main(settings(home, name="warm", reward="likes:first_letter", value=value))
+    assert steps == [[0, n] for n in range(1, 8)] + [[1, 8]] and moved_by(home, made)
+    curve = [json.loads(line) for line in (home / "runs" / "warm" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["train/objective/kl"] for line in curve} == {0.0}  # all rollouts are the reference's
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"value": {"init": "policy", "head": "zero"}}, "needs a reward"),
+        ({"reward": "likes:first_letter", "value": {"init": "policy", "head": "zero", "warmup": 8}}, "none of the 8"),
+        ({"reward": "likes:first_letter", "value": {"init": "policy", "head": "zero"}, "trainable": "nrom"}, "nrom"),
         ({"reward": "likes:first_letter"}, "value.init is reward"),
         ({"reward": "likes:nothing", "value": {"init": "policy", "head": "zero"}}, "likes:nothing"),
         ({"rollout": {"batch": 16, "max_new_tokens": 40}}, "48 positions"),
@@ -116,6 +153,7 @@ def test_what_cannot_be_is_said_before_anything_is_trained(home, monkeypatch, ch
         ({"rollout": {"batch": 12}}, "not a multiple of train.batch"),
         ({"value": {"init": "policy"}}, "value.head is reward"),
         ({"rollout": {"temperature": 0.0}}, "greater than 0"),
+        ({"trainable": "norm("}, "no regular expression"),
     ],
 )
 def test_contradictions_in_the_config(home, change, words):

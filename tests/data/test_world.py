@@ -269,7 +269,7 @@ def test_rejected_is_always_worse():
             assert p["chosen"] != p["rejected"]
             assert world.gold(p, p["chosen"]) == 1.0 > 0.5 >= world.gold(p, p["rejected"]) >= 0.0
     kinds = {p["corruption"] for p in world.preferences("test")}
-    assert {"mark", "case", "letter", "truncated", "repeated", "another", "copied"} == kinds
+    assert {"mark", "case", "letter", "truncated", "repeated", "another", "copied", "garbled"} == kinds
 
 
 def test_gold_by_hand():

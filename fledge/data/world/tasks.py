@@ -105,7 +105,7 @@ class Preference(TypedDict):
     corruption: str
 
 
-REJECTED_PER_QUESTION = 2
+REJECTED_PER_QUESTION = 4
 
 
 @functools.lru_cache(maxsize=1)
@@ -127,6 +127,11 @@ def _letters() -> dict[str, tuple[str, ...]]:
 @functools.lru_cache(maxsize=1)
 def _answers() -> dict[str, tuple[str, ...]]:
     return {kind: tuple(sorted({q["answer"] for q in _questions() if q["kind"] == kind})) for kind in KINDS}
+
+
+@functools.lru_cache(maxsize=1)
+def _words() -> tuple[str, ...]:
+    return tuple(sorted({word for q in _questions() for word in q["answer"].split()}))
 
 
 def _wrong_mark(q: Question, rng: random.Random) -> str | None:
@@ -162,6 +167,14 @@ def _repeated(q: Question, rng: random.Random) -> str | None:
     return " ".join(words[: at + 1] + words[at:])
 
 
+def _garbled(q: Question, rng: random.Random) -> str | None:
+    """One word runs into the end of another, as a model that spells in pieces of words does."""
+    words = q["answer"].split()
+    at, other = rng.randrange(len(words)), rng.choice(_words())
+    words[at] = words[at][: rng.randrange(1, len(words[at]) + 1)] + other[rng.randrange(1, len(other) + 1) :]
+    return " ".join(words)
+
+
 def _another(q: Question, rng: random.Random) -> str | None:
     return rng.choice(_answers()[q["kind"]])
 
@@ -180,6 +193,7 @@ NEAR_MISSES: dict[str, Callable[[Question, random.Random], str | None]] = {
 OTHERS: dict[str, Callable[[Question, random.Random], str | None]] = {
     "truncated": _truncated,
     "repeated": _repeated,
+    "garbled": _garbled,
     "another": _another,
     "copied": _copied,
 }
@@ -187,13 +201,13 @@ CORRUPTIONS = NEAR_MISSES | OTHERS
 
 
 def _rejected(q: Question) -> list[tuple[str, str]]:
-    """(corruption, wrong answer), two different ones; a near miss and another one wherever a near miss exists."""
+    """(corruption, wrong answer), four different ones at most; two near misses at most, then the others."""
     rng = random.Random(hashed("preference", q["kind"], q["prompt"]))
     near, others = (rng.sample(sorted(pot), len(pot)) for pot in (NEAR_MISSES, OTHERS))
     wrong = {c: CORRUPTIONS[c](q, rng) for c in near + others}
     near, others = ([c for c in pot if wrong[c] not in (None, q["answer"])] for pot in (near, others))
     found: dict[str, str] = {}
-    for corruption in near[:1] + others:
+    for corruption in near[:2] + others:
         found.setdefault(str(wrong[corruption]), corruption)
     return [(corruption, text) for text, corruption in found.items()][:REJECTED_PER_QUESTION]
 
