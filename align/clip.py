@@ -10,9 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveInt, model_validator
@@ -23,21 +22,17 @@ from fledge.artifact import Artifact, load_state
 from fledge.config import Config as BaseConfig
 from fledge.config import Duration, StageConfig, parent, resolve
 from fledge.data import tokenizer
-from fledge.data.augment import ClipAugmentConfig, EvalConfig, denormalise
-from fledge.data.images import Images, ImagesConfig, WorldImages, eval_batch
+from fledge.data.augment import ClipAugmentConfig, EvalConfig
 from fledge.data.pairs import Captioned, Pairs, PairsConfig, captioned
-from fledge.data.tokenizer import TokenizerConfig
+from fledge.data.tokenizer import TokenizerConfig, tokenize
 from fledge.errors import InputError
-from fledge.evals.retrieval import chance, recall_at, right_ranks
-from fledge.evals.score import Score, bootstrap
-from fledge.evals.vision import clusters
-from fledge.evals.zero_shot import class_embeddings, fill, zero_shot_correct
+from fledge.evals.contrastive import ContrastiveEval, evaluate
+from fledge.evals.score import Score
 from fledge.models import language, vit
 from fledge.models.language import EncoderConfig
 from fledge.models.vit import ViTConfig
 from fledge.optim import OptimConfig, adamw, decay_groups
-from fledge.pictures import captioned_rows
-from fledge.stream import Batch, DataStream, Permutation, derive
+from fledge.stream import Batch, DataStream, derive
 from fledge.track import Run, TrackConfig
 from fledge.train import TrainConfig, fit
 
@@ -68,35 +63,6 @@ class Train(TrainConfig):
     steps: Duration = "32 epochs"
 
 
-class ZeroShot(BaseConfig):
-    """Labelled pictures, to be named by prompts about their class. One of `images` and `pairs`."""
-
-    images: ImagesConfig | None = None
-    """The world's glyphs by script, or a folder with one subfolder a class."""
-    pairs: PairsConfig | None = None
-    """JSON lines whose caption_field names the class."""
-    templates: tuple[str, ...] | None = None
-    """Prompts, {} being the class; their embeddings are averaged. null: the world's own, else the bare name."""
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        if (self.images is None) == (self.pairs is None):
-            raise ValueError("give either images (labelled pictures) or pairs (JSON lines with the class as caption)")
-        if self.templates is not None and not (self.templates and all("{}" in one for one in self.templates)):
-            raise ValueError("templates needs at least one, each with {} where the class's name goes")
-        return self
-
-
-class Evaluation(BaseConfig):
-    """Held-out pairs to retrieve, and pictures to classify without training."""
-
-    pairs: PairsConfig
-    """Captions with all their pictures; none of them trained on."""
-    limit: PositiveInt | None = None
-    """The most captions, drawn once by a keyed permutation; null takes all."""
-    zero_shot: ZeroShot | None = None
-
-
 class Config(StageConfig):
     """Pictures to words. The defaults are ViT-B/32's published recipe, with this house's plain towers.
 
@@ -124,7 +90,7 @@ class Config(StageConfig):
     optim: Optim = Optim()
     train: Train = Train()
     track: TrackConfig = TrackConfig()
-    evaluation: Evaluation | None = None
+    evaluation: ContrastiveEval | None = None
     """None: the model is handed over unmeasured."""
 
     @model_validator(mode="after")
@@ -301,22 +267,6 @@ def save(model: Any, tokens: Any, view: EvalConfig, max_length: int, folder: Pat
 # ------------------------------------------------------------------------------------------------------------- stage
 
 
-def tokenize(tokens: Any, captions: list[str], max_length: int) -> dict[str, Tensor]:
-    """{"input_ids", "attention_mask"}, (n, T) each: [CLS] caption [SEP]; a long caption is cut, [SEP] never.
-
-    T is the longest of these captions, at most ``max_length``; padding follows, and the mask is 0 there.
-    """
-    before, after = tokenizer.frame(tokens, "encoder")
-    room = max_length - len(before) - len(after)
-    rows = [before + ids[:room] + after for ids in tokenizer.encode(tokens, captions)]
-    input_ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_id(tokens))
-    attention_mask = torch.zeros_like(input_ids)
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = torch.tensor(row)
-        attention_mask[i, : len(row)] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-
 def caption_forms(captions: Sequence[str], config: Config) -> list[str]:
     """Every caption in all of the config's forms, caption by caption. Distinct captions stay distinct."""
     script = dict.fromkeys(captions, "")
@@ -395,128 +345,6 @@ def check_parents(config: Config, parents: dict[str, Artifact], tokens: Any) -> 
             )
 
 
-# -------------------------------------------------------------------------------------------------------- evaluation
-
-
-@torch.no_grad()
-def embed_images(clip: CLIP, pixels: Tensor, batch: int = 256) -> Tensor:
-    """(N, C, H, W) -> (N, D) on the CPU."""
-    return torch.cat([clip.encode_image(part.to(distributed.device())).cpu() for part in pixels.split(batch)])
-
-
-@torch.no_grad()
-def embed_texts(clip: CLIP, table: dict[str, Tensor], batch: int = 256) -> Tensor:
-    """Rows of ``tokenize`` -> (N, D) on the CPU."""
-    stacked = torch.stack([table["input_ids"], table["attention_mask"]])  # (2, N, T)
-    return torch.cat([clip.encode_text(*part.to(distributed.device())).cpu() for part in stacked.split(batch, dim=1)])
-
-
-class HeldOut(NamedTuple):
-    """Pairs to retrieve: K captions and N pictures, each with the number of its caption."""
-
-    captions: list[str]
-    text: dict[str, Tensor]
-    pixels: Tensor
-    owner: Tensor
-
-    @classmethod
-    def open(cls, config: Evaluation, view: EvalConfig, tokens: Any, max_length: int) -> "HeldOut":
-        pairs = config.pairs.open()
-        order = Permutation(len(pairs), "evaluation")
-        chosen = [order[i] for i in range(min(config.limit or len(pairs), len(pairs)))]
-        captions = [pairs.captions[i] for i in chosen]
-        pictures = [(number, picture) for number, i in enumerate(chosen) for picture in pairs.members[i]]
-        pixels = eval_batch(pairs.images, [picture for _, picture in pictures], view)
-        return cls(captions, tokenize(tokens, captions, max_length), pixels, torch.tensor([n for n, _ in pictures]))
-
-
-def retrieval(clip: CLIP, before: CLIP, held: HeldOut) -> list[Score]:
-    """Recall of pictures by caption, and of captions by picture, resampled by caption."""
-    number = torch.arange(len(held.captions))
-
-    def ranks(model: CLIP) -> tuple[Tensor, Tensor]:
-        image, text = embed_images(model, held.pixels), embed_texts(model, held.text)
-        return right_ranks(text, image, number, held.owner), right_ranks(image, text, held.owner, number)
-
-    after, first = ranks(clip), ranks(before)
-    owners = (number, held.owner)
-    scores = []
-    for way, name in enumerate(("text to image", "image to text")):
-        right = recall_at(after[way], 1)
-        low, high = bootstrap(right, owners[way].numpy())
-        scores.append(
-            Score(
-                metric=f"{name} recall@1",
-                after=float(right.mean()),
-                before=float(recall_at(first[way], 1).mean()),
-                baseline=chance(owners[way], owners[1 - way], 1),
-                baseline_name="chance",
-                low=low,
-                high=high,
-                n=len(held.captions),
-                unit="captions",
-                note=f"recall@5 {recall_at(after[way], 5).mean():.4f}, by chance "
-                f"{chance(owners[way], owners[1 - way], 5):.4f}; {len(held.owner)} pictures",
-            )
-        )
-    return scores
-
-
-def prompts_of(config: ZeroShot, images: Images) -> list[list[str]]:
-    """The prompts of each class."""
-    if config.templates is None and isinstance(images, WorldImages):
-        from fledge.data.world import script_prompts
-
-        return [list(script_prompts(name)) for name in images.classes]
-    return [fill(config.templates or ("{}",), name) for name in images.classes]
-
-
-def zero_shot(clip: CLIP, before: CLIP, config: ZeroShot, view: EvalConfig, tokens: Any, max_length: int) -> Score:
-    """Accuracy of naming the class of held-out pictures, averaged over the classes that occur.
-
-    How frequent a class is in the test set is chance, and nothing that never saw a label can know it; so each class
-    counts the same, and naming one class every time scores as little as guessing.
-    """
-    images = config.images.open() if config.images else config.pairs.open().images  # type: ignore[union-attr]
-    if images.labels is None:
-        raise InputError("evaluation.zero_shot.images has no labels; give a folder with one subfolder a class")
-    prompts, ids = prompts_of(config, images), list(range(len(images)))
-    pixels, labels = eval_batch(images, ids, view), torch.tensor(list(images.labels))
-
-    def right(model: CLIP) -> np.ndarray:
-        classes = class_embeddings(lambda texts: embed_texts(model, tokenize(tokens, texts, max_length)), prompts)
-        return zero_shot_correct(embed_images(model, pixels), classes, labels).numpy()
-
-    frequency = labels.bincount(minlength=len(images.classes))
-    K, weights = int((frequency > 0).sum()), (1 / frequency[labels]).double().numpy()
-    after = right(clip)
-    groups, unit_name = clusters(images, ids)
-    low, high = bootstrap(after, groups, weights=weights)
-    return Score(
-        metric="zero-shot accuracy, mean over classes",
-        after=float(np.average(after, weights=weights)),
-        before=float(np.average(right(before), weights=weights)),
-        baseline=1 / K,
-        baseline_name="chance",
-        low=low,
-        high=high,
-        n=len(np.unique(groups)),
-        unit=unit_name,
-        note=f"{K} of {len(images.classes)} classes occur; {len(ids)} pictures, of which {after.mean():.4f} are right, "
-        f"{float(frequency.max()) / len(labels):.4f} by naming the most frequent class",
-    )
-
-
-def retrieval_sheet(clip: CLIP, held: HeldOut, view: EvalConfig, n: int = 10, k: int = 5):
-    """Captions, each with the k pictures that it finds first; the right ones are framed. A PIL image."""
-    asked = np.linspace(0, len(held.captions) - 1, min(n, len(held.captions))).astype(int).tolist()
-    text = embed_texts(clip, {name: table[asked] for name, table in held.text.items()})
-    found = (text @ embed_images(clip, held.pixels).T).topk(min(k, len(held.pixels)), dim=1).indices  # (n, k)
-    pictures = denormalise(held.pixels[found], view.mean, view.std)
-    right = held.owner[found] == torch.tensor(asked)[:, None]
-    return captioned_rows([held.captions[i] for i in asked], pictures, right)
-
-
 def main(config: Config) -> Artifact:
     """Train both towers, measure them on held-out pairs, and hand them over as one."""
     distributed.setup(config.train.device)
@@ -551,11 +379,7 @@ def main(config: Config) -> Artifact:
         scores: list[Score] = []
         if config.evaluation:
             before = untrained().to(distributed.device()).eval()
-            held = HeldOut.open(config.evaluation, view, tokens, config.max_length)
-            if config.evaluation.zero_shot:
-                scores.append(zero_shot(clip, before, config.evaluation.zero_shot, view, tokens, config.max_length))
-            scores += retrieval(clip, before, held)
-            sheet = retrieval_sheet(clip, held, view)
+            scores, sheet = evaluate(clip, before, config.evaluation, view, tokens, config.max_length)
             run.picture("retrieval", sheet, "Held-out captions and the pictures they find first")
         return run.publish(
             WRITES,

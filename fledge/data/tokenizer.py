@@ -292,3 +292,21 @@ def _text_length(token: str) -> int:
     if re.fullmatch(r"<0x[0-9A-F]{2}>", token):  # SentencePiece's fallback for one byte
         return 1
     return len(token.removeprefix("##").replace("\u2581", " ").encode())
+
+
+def tokenize(tokens: PreTrainedTokenizerFast, texts: list[str], max_length: int) -> dict[str, Tensor]:
+    """{"input_ids", "attention_mask"}, (n, T) each: [CLS] text [SEP]; a long text is cut, [SEP] never.
+
+    T is the longest of these texts, at most ``max_length``; padding follows, and the mask is 0 there.
+    """
+    import torch
+
+    before, after = frame(tokens, "encoder")
+    room = max_length - len(before) - len(after)
+    rows = [before + ids[:room] + after for ids in encode(tokens, texts)]
+    input_ids = torch.full((len(rows), max(map(len, rows))), pad_id(tokens))
+    attention_mask = torch.zeros_like(input_ids)
+    for i, row in enumerate(rows):
+        input_ids[i, : len(row)] = torch.tensor(row)
+        attention_mask[i, : len(row)] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}

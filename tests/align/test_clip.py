@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from align import clip
-from align.clip import CLIP, Config, tokenize, unit
+from align.clip import CLIP, Config, unit
 from fledge import artifact, distributed
 from fledge.config import load
 from fledge.data.augment import EvalConfig
 from fledge.data.pairs import PairsConfig
-from fledge.data.tokenizer import TokenizerConfig, train
+from fledge.data.tokenizer import TokenizerConfig, tokenize, train
 from fledge.errors import InputError
+from fledge.evals import contrastive
 from fledge.evals.retrieval import right_ranks
 from fledge.models import language, vit
 from fledge.models.language import EncoderConfig
@@ -279,8 +280,8 @@ def test_overfits_32_pairs(shapes, tmp_path):
         means, _ = update(objective, [batch], step, optim)
     assert means["loss"] < 0.2 and means["accuracy"] == 1
     objective.eval()
-    image = clip.embed_images(objective, batch["image"])
-    text = clip.embed_texts(objective, {name: batch[name] for name in ("input_ids", "attention_mask")})
+    image = contrastive.embed_images(objective, batch["image"])
+    text = contrastive.embed_texts(objective, {name: batch[name] for name in ("input_ids", "attention_mask")})
     number = torch.arange(32)
     assert right_ranks(text, image, number, number).max() == 0 == right_ranks(image, text, number, number).max()
 
@@ -425,7 +426,7 @@ def test_the_stage_and_what_others_load(shapes, tmp_path, parents, start, monkey
     torch.testing.assert_close(theirs["pixels"], pixels, rtol=1e-5, atol=1e-5)
     tokens = language.read_tokenizer(artifact.open(moved))
     table = tokenize(tokens, ["a red circle", "blue " * 60], 24)
-    image, text = clip.embed_images(objective, pixels), clip.embed_texts(objective, table)
+    image, text = contrastive.embed_images(objective, pixels), contrastive.embed_texts(objective, table)
     torch.testing.assert_close(theirs["image"], image, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(theirs["text"], text, rtol=1e-5, atol=1e-5)
     logits = objective.model.logit_scale.exp().item() * image @ text.T
