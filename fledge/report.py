@@ -594,7 +594,7 @@ CSS = """
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%;scroll-behavior:smooth}
 body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.55 var(--sans);font-variant-numeric:tabular-nums}
-main{max-width:1120px;margin:0 auto;padding:56px 32px 40px}
+main{max-width:1240px;margin:0 auto;padding:56px 32px 40px}
 h1,h2{font-family:var(--serif);font-weight:500;letter-spacing:-.012em;line-height:1.15;margin:0}
 h1{font-size:42px}
 h2{font-size:27px;margin-bottom:18px}
@@ -622,7 +622,8 @@ th:last-child,td:last-child{padding-right:0}
 .summary tbody tr:first-child td{border-top:0}
 .summary td small{display:block;line-height:1.35}
 .summary .stage{font-weight:600;white-space:nowrap}
-.summary .metric{min-width:150px}
+.summary .metric{min-width:220px}
+.summary .num small{white-space:normal}
 .summary .span{white-space:nowrap;color:var(--soft)}
 .summary .draw{width:140px;padding-top:8px}
 .summary .draw svg{display:block;width:140px;height:24px}
