@@ -207,13 +207,13 @@ def write(
     Raises:
         InputError: `path` holds something that is not an artifact; it is left alone.
     """
-    import yaml
+    from fledge.config import parse
 
     path = Path(path)
     if kind not in KINDS:
         raise ValueError(f"{kind!r} is no kind of artifact; expected one of {', '.join(KINDS)}")
     _refuse_to_destroy(path)
-    made_by = yaml.safe_load(config) or {}
+    made_by = parse(config, "config").data or {}
     stage = str(made_by.get("stage", ""))
     manifest = {
         "format": FORMAT,

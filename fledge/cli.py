@@ -11,6 +11,7 @@ from typing import Any
 
 from fledge import __version__
 from fledge.errors import InputError, RunError
+from fledge.redact import redact
 
 KINDS = "vision-encoder, text-encoder, causal-lm, image-classifier, dual-encoder, chat-model, reward-model"
 OVERRIDES = "name.section.key=value (of one stage's file: section.key=value); the value is YAML"
@@ -126,7 +127,7 @@ def _parse(top: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse
     args, rest = top.parse_known_args(argv)
     stray = [text for text in rest if text.startswith("-") or not hasattr(args, "overrides")]
     if stray:
-        top.error(f"unrecognized arguments: {' '.join(stray)}")
+        top.error(f"unrecognized arguments: {redact(' '.join(stray))}")
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args
@@ -169,6 +170,7 @@ def guarded(work: Callable[[], None], resumable: bool) -> int:
 
 
 def _complain(message: str, code: int) -> int:
+    message = redact(message)
     rank = os.environ.get("RANK", "0") if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1 else "0"
     group = sys.modules.get("torch.distributed")
     joined = group is not None and group.is_available() and group.is_initialized()

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from fledge.config import Config, bookkeeping, data_sections, dump, science
 from fledge.errors import InputError
+from fledge.redact import redact
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -364,9 +365,7 @@ class Wandb:
         try:
             return act()
         except Exception as error:  # noqa: BLE001  (third party: network, service process, disk; none may end training)
-            first = (str(error).strip().splitlines() or [""])[0][:200]
-            key = os.environ.get("WANDB_API_KEY")
-            first = first.replace(key, "…") if key else first
+            first = redact((str(error).strip().splitlines() or [""])[0])[:200]
             self._say(f"wandb {what} ({type(error).__name__}: {first}); metrics.jsonl has everything")
             self.run = None
             return None
