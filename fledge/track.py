@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("fledge", "torch", "torchvision", "accelerate", "timm", "transformers", "trl", "peft", "tokenizers")
 PACKAGES += ("safetensors", "numpy", "pillow", "pydantic", "wandb")
+FORMAT = 1  # of a run's folder; one without a number is of the first
 PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal to draw a bar on
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -124,6 +125,36 @@ def identity(config: StageConfig, parents: Mapping[str, str]) -> dict[str, Any]:
     return {"stage": config.stage, "config": science(config), "parents": dict(parents), "data": data}
 
 
+def write_identity(folder: Path, identity: Mapping[str, Any]) -> None:
+    write_json(folder / "identity.json", {"format": FORMAT, **identity})
+
+
+def read_identity(folder: Path) -> dict[str, Any] | None:
+    """The identity of the run in `folder`, without the number of its format; None where there is none.
+
+    Raises:
+        InputError: it cannot be read, or another version of fledge with another format wrote it.
+    """
+    path = folder / "identity.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder} exists and is no run of fledge: identity.json cannot be read ({error}); move it away, or choose "
+            "another --out or name"
+        ) from None
+    found = found if isinstance(found, dict) else {}
+    number = found.pop("format", 1)
+    if number != FORMAT:
+        raise InputError(
+            f"run {folder} has format {number}; this version of fledge reads format {FORMAT}. Go on with the version "
+            "that began it, or choose another --out or name"
+        )
+    return found
+
+
 def set_aside(folder: Path) -> Path:
     """Rename a run's folder to the first free NAME~1, NAME~2 …; nothing is ever deleted."""
     number = 1
@@ -146,6 +177,13 @@ def environment() -> dict[str, Any]:
         "device": _device(),
         "git": _git(),
     }
+
+
+def changed_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What could change bits between two environments: `torch 2.13.0 -> 2.14.0`, one text each."""
+    old, new = ({**e.get("packages", {}), "python": e.get("python"), "device": e.get("device")} for e in (before, now))
+    names = dict.fromkeys([*old, *new])
+    return [f"{n} {old.get(n) or 'absent'} -> {new.get(n) or 'absent'}" for n in names if old.get(n) != new.get(n)]
 
 
 def _version(package: str) -> str | None:
@@ -408,10 +446,10 @@ class Run:
     def _start(self, mode: str) -> None:
         me = json.loads(json.dumps(identity(self.config, {role: p.digest for role, p in self.parents.items()})))
         try:
-            if read_json(self.dir / "identity.json", me) != me:
+            if read_identity(self.dir) not in (None, me):
                 self.say(f"its config, data or parents changed; the earlier run is kept as {set_aside(self.dir)}")
             self.dir.mkdir(parents=True, exist_ok=True)
-            write_json(self.dir / "identity.json", me)
+            write_identity(self.dir, me)
             write_atomic(self.dir / "config.yaml", dump(self.config))
         except OSError as error:
             raise InputError(f"out: cannot write to {self.dir}: {error.strerror}; choose another folder") from error
@@ -427,10 +465,15 @@ class Run:
         """Note in environment.json and status.json that somebody started to work here, with what and when."""
         now = time.time()
         attempts = read_json(self.dir / "environment.json", {"attempts": []})["attempts"]
-        here = environment()
-        if attempts and attempts[-1]["packages"] != here["packages"]:
-            self.say("other library versions than when this run began: the result will be close, not bit for bit equal")
-        write_json(self.dir / "environment.json", {"attempts": [*attempts, {"started": now, **here}]})
+        here: dict[str, Any] = {"started": now, **environment()}
+        here["bitwise"] = all(attempt.get("bitwise", True) for attempt in attempts)
+        trained = attempts and any(self.dir.glob("checkpoints/step_*"))  # else there is nothing to go on from
+        if trained and (others := changed_versions(attempts[-1], here)):
+            self.say(
+                f"goes on with other versions ({', '.join(others)}): close to an uninterrupted run, not bit for bit"
+            )
+            here |= {"bitwise": False, "changed": others}
+        write_json(self.dir / "environment.json", {"attempts": [*attempts, here]})
         before = read_json(self.dir / "status.json", {})
         self._status = {"state": "running", "stage": self.config.stage, "started": before.get("started", now)}
         self._status |= {"updated": now, "seconds": before.get("seconds", 0.0), "step": before.get("step", 0)}

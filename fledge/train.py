@@ -164,12 +164,14 @@ def fit(
             if batch is not None:
                 batch = {name: tensor.to(distributed.device(), non_blocking=True) for name, tensor in batch.items()}
                 micro_batches = [rows_of(batch, piece) for piece in micro]
-                if not warm:
-                    warm = settle_buckets(model, micro_batches[-1], step, config.precision)
                 try:
+                    if not warm:
+                        warm = settle_buckets(model, micro_batches[-1], step, config.precision)
                     means, norm = update(model, micro_batches, step, optim, seed=seed, precision=config.precision)
                 except RunError as error:
                     raise RunError(explain(error, step, run)) from None
+                except torch.OutOfMemoryError as error:
+                    raise RunError(out_of_memory(error, step, micro, config, run)) from None
                 stream.observe(step, means)
                 values = scalars(means, unwrap(model).weights) | {"grad_norm": norm.item(), "lr": optim.lr(step)}
                 seconds = time.perf_counter() - began
@@ -191,6 +193,20 @@ def explain(error: RunError, step: int, run: "Run") -> str:
     return (
         f"{run.name}: {error}. The last checkpoints are kept in {kept}. A lower optim.lr, a longer optim.warmup, "
         "optim.clip or precision: fp32 usually helps; a changed value starts a new run beside this one"
+    )
+
+
+def out_of_memory(error: Exception, step: int, micro: list[slice], config: TrainConfig, run: "Run") -> str:
+    """What to change: first what leaves the result as it is."""
+    rows, most = sum(m.stop - m.start for m in micro), max(m.stop - m.start for m in micro)
+    pieces = -(-rows // max(most - 1, 1))
+    helps = [f"train.micro_batch={-(-rows // pieces)}"] if most > 1 else []
+    helps += ["train.grad_checkpointing=true"] if not config.grad_checkpointing else []
+    helps += ["train.precision=bf16 (another run)"] if config.precision == "fp32" else []
+    first = str(error).partition(". ")[0].partition("\n")[0][:200]
+    return (
+        f"{run.name}: step {step}: out of memory with micro-batches of {most} rows ({first}). The largest to try next: "
+        f"{', or '.join(helps) or 'a smaller model'}; the same command then goes on from the last checkpoint"
     )
 
 

@@ -258,6 +258,36 @@ def fitted(folder, steps=6, evaluate=None, skipped=(), objective=None, optim=Non
     return objective, stream, [json.loads(line) for line in path.read_text().splitlines()]
 
 
+class Hungry(Line):
+    """Fits micro-batches of at most ``most`` rows."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def forward(self, batch, step):
+        if len(batch["x"]) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
+        return super().forward(batch, step)
+
+
+def test_out_of_memory_names_the_largest_micro_batch_to_try(tmp_path):
+    tried: list[int | None] = [None]
+    while True:
+        try:
+            objective, *_ = fitted(tmp_path, objective=Hungry(1), micro_batch=tried[-1])
+            break
+        except RunError as error:
+            said = str(error)
+            assert said.startswith("toy: step 0: out of memory with micro-batches of")
+            assert "CUDA out of memory" in said and "train.grad_checkpointing=true" in said and "GPU 0" not in said
+            tried.append(int(said.partition("train.micro_batch=")[2].partition(",")[0]))
+    assert tried == [None, 2, 1] and objective.steps == 6
+    with pytest.raises(RunError, match="try next: a smaller model;") as caught:
+        fitted(tmp_path / "b", objective=Hungry(0), micro_batch=1, grad_checkpointing=True, precision="bf16")
+    assert "train.micro_batch=" not in str(caught.value)
+
+
 def without_times(records, *drop):
     return [{k: v for k, v in r.items() if not k.startswith(("time/", *drop))} for r in records]
 
