@@ -549,7 +549,7 @@ def main(config: Config) -> Artifact:
         clip.eval()
         view = config.augment.evaluation(resize=config.augment.size)
         scores: list[Score] = []
-        if config.evaluation:
+        if run.measures and config.evaluation:
             before = untrained().to(distributed.device()).eval()
             held = HeldOut.open(config.evaluation, view, tokens, config.max_length)
             if config.evaluation.zero_shot:

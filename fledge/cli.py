@@ -45,6 +45,12 @@ def parser() -> argparse.ArgumentParser:
     bring.add_argument("dir", metavar="DIR", help="the artifact to write")
     bring.set_defaults(work=_import)
 
+    export = commands.add_parser("export", help="write an artifact from a checkpoint of a run, unmeasured")
+    export.add_argument("run", metavar="RUN[@STEP]", help="a run's folder; @STEP, or @best, instead of the newest")
+    export.add_argument("dir", metavar="DIR", help="the artifact to write")
+    export.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="where data and parents lie now, the device")
+    export.set_defaults(work=_export)
+
     generate = commands.add_parser("generate", help="text from a language artifact")
     generate.add_argument("dir", metavar="DIR", help="an artifact's folder, or its run's")
     generate.add_argument("prompt", help="what to continue or answer; for a text encoder, text with [MASK] in it")
@@ -93,6 +99,13 @@ def _import(args: argparse.Namespace) -> None:
 
     made = bring_in(args.kind, args.source, args.dir)
     print(f"{made.path}: {made.kind} {made.digest[:12]} from {args.source}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from fledge.export import export
+
+    made = export(args.run, args.dir, args.overrides)
+    print(f"{made.path}: {made.kind} {made.digest[:12]} from step {made.step} of {args.run}")
 
 
 def _generate(args: argparse.Namespace) -> None:

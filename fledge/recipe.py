@@ -441,6 +441,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tupl
     before, after = dict(_flat(old)), dict(_flat(new))
     for key in dict.fromkeys([*before, *after]):
         a, b = before.get(key, _ABSENT), after.get(key, _ABSENT)
+        if a in (None, _ABSENT) and b in (None, _ABSENT):
+            continue
         if a is _ABSENT or b is _ABSENT or a != b or type(a) is not type(b):
             inside = names.get(key[0])
             name = dotted(key) if inside is None else inside + dotted(key[1:])

@@ -17,7 +17,9 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from fledge.artifact import Artifact
+    from fledge.checkpoint import Checkpoint
     from fledge.config import StageConfig
     from fledge.evals.score import Score
 
@@ -123,6 +126,13 @@ def identity(config: StageConfig, parents: Mapping[str, str]) -> dict[str, Any]:
     """What makes a run this run: its science, its parents' digests by role, the content of its data. JSON."""
     data = {key: section.fingerprint() for key, section in data_sections(config).items()}
     return {"stage": config.stage, "config": science(config), "parents": dict(parents), "data": data}
+
+
+def said(identity: Any) -> Any:
+    """An identity without what is null: a field that came with a later version, and is off, makes no other run."""
+    if isinstance(identity, dict):
+        return {key: said(value) for key, value in identity.items() if value is not None}
+    return [said(item) for item in identity] if isinstance(identity, list) else identity
 
 
 def write_identity(folder: Path, identity: Mapping[str, Any]) -> None:
@@ -412,10 +422,34 @@ class Wandb:
 # -------------------------------------------------------------------------------------------------------- run
 
 
+@dataclass(frozen=True)
+class Export:
+    """What a stage does instead of training: hand over, unmeasured, what a checkpoint holds."""
+
+    checkpoint: Checkpoint
+    target: Path
+    """The artifact to write."""
+    config: StageConfig
+    """Of the run that the checkpoint is from; the stage itself works in a folder that is thrown away."""
+
+
+_export: ContextVar[Export | None] = ContextVar("export", default=None)
+
+
+@contextmanager
+def exporting(export: Export) -> Iterator[None]:
+    """Every run that is opened inside exports."""
+    token = _export.set(export)
+    try:
+        yield
+    finally:
+        _export.reset(token)
+
+
 class Run:
     """One stage's folder, OUT/NAME. Opened first thing in a stage's main; `publish` closes it.
 
-    config.yaml  metrics.jsonl  environment.json  status.json  wandb.json  media/  checkpoints/  artifact/
+    config.yaml  metrics.jsonl  environment.json  status.json  wandb.json  best.json  media/  checkpoints/  artifact/
     """
 
     def __init__(self, config: StageConfig, parents: Mapping[str, Artifact]):
@@ -425,6 +459,9 @@ class Run:
         self.name, self.dir = config.run_name, config.run_dir
         self.unit = "rows"
         self.main = distributed.is_main()
+        self.export = _export.get()
+        self.taken: dict[str, Any] | None = None
+        """The checkpoint that is handed over, {step, of, why}, where that is not simply the last."""
         self._bar: Progress | None = None
         self._file: TextIO | None = None
         self._wandb: Wandb | None = None
@@ -446,7 +483,8 @@ class Run:
     def _start(self, mode: str) -> None:
         me = json.loads(json.dumps(identity(self.config, {role: p.digest for role, p in self.parents.items()})))
         try:
-            if read_identity(self.dir) not in (None, me):
+            old = read_identity(self.dir)
+            if old is not None and said(old) != said(me):
                 self.say(f"its config, data or parents changed; the earlier run is kept as {set_aside(self.dir)}")
             self.dir.mkdir(parents=True, exist_ok=True)
             write_identity(self.dir, me)
@@ -484,6 +522,21 @@ class Run:
         began, before = self._clock
         self._status |= {"updated": time.time(), "seconds": round(before + time.monotonic() - began, 2)} | changes
         write_json(self.dir / "status.json", self._status)
+
+    @property
+    def measures(self) -> bool:
+        """Whether the stage measures what it hands over; an export does not."""
+        return self.export is None
+
+    def note_best(self, best: Mapping[str, Any] | None) -> None:
+        """best.json says which checkpoint is the best so far. For people: a resumed run reads its checkpoint."""
+        path = self.dir / "best.json"
+        if not self.main or best is None and not path.exists():
+            return
+        if best is None:
+            path.unlink()
+        else:
+            write_json(path, {**best, "checkpoint": f"checkpoints/step_{best['step']:08d}"})
 
     # -- numbers
 
@@ -598,13 +651,15 @@ class Run:
         """Write OUT/NAME/artifact, say the scores, and close the run. Every process gets the artifact."""
         from fledge import artifact, distributed
 
-        path = self.dir / "artifact"
+        path = self.export.target if self.export else self.dir / "artifact"
+        config = self.export.config if self.export else self.config
 
         def hand_over() -> None:
             self.finish_progress()
             artifact.write(
-                path, kind=kind, save=save, config=dump(self.config), parents=self.parents or None, origin=origin,
-                architecture=architecture, step=step, seed=self.config.seed,
+                path, kind=kind, save=save, config=dump(config), parents=self.parents or None, origin=origin,
+                architecture=architecture, step=self.taken["step"] if self.taken else step, seed=config.seed,
+                checkpoint=self.taken,
                 metrics={"scores": [s.to_dict() for s in scores], **metrics},
                 preprocessing=preprocessing or {}, data=data or {},
             )  # fmt: skip
