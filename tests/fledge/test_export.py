@@ -156,7 +156,7 @@ def test_what_cannot_be_exported(family, mae, tmp_path, monkeypatch):
         (mae, "somebodys", [], "is not only an artifact"),
         (mae, "a", ["optim.lr=1"], "was trained with something else .optim.lr 0.01 -> 1"),
         (mae, "a", ["train.stepz=1"], "did you mean steps"),
-        (probe, "a", [], "classify: no checkpoint"),
+        (probe, "a", [], "classify/checkpoints: no whole checkpoint; it has none"),
     ]:
         with pytest.raises(InputError, match=says):
             export(str(run), tmp_path / folder, overrides)
