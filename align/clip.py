@@ -377,7 +377,7 @@ def main(config: Config) -> Artifact:
         clip.eval()
         view = config.augment.evaluation(resize=config.augment.size)
         scores: list[Score] = []
-        if config.evaluation:
+        if run.measures and config.evaluation:
             before = untrained().to(distributed.device()).eval()
             scores, sheet = evaluate(clip, before, config.evaluation, view, tokens, config.max_length)
             run.picture("retrieval", sheet, "Held-out captions and the pictures they find first")

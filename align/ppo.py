@@ -449,21 +449,23 @@ def main(config: Config) -> Artifact:
         optim = adamw(groups, config.optim, batch=stream.batch, steps=steps, steps_per_epoch=stream.steps_per_epoch)
         fit(objective, stream, optim, config.train, run, steps=steps, seed=config.seed)
 
-        held_out = read_prompts(config.data, tokens, config.evaluation.split)
-        scores, table, kl = judge.compare(
-            referee,
-            {"before": reference, "after": policy},
-            held_out,
-            tokens,
-            most=config.evaluation.prompts,
-            seed=config.seed,
-            max_new_tokens=config.rollout.max_new_tokens,
-            temperature=config.rollout.temperature,
-            greedy=config.evaluation.greedy,
-            precision=config.train.precision,
-            rows=config.train.micro_batch or 128,
-        )
-        run.samples("answers", table, "Held-out prompts, answered before and after")
+        scores, kl = [], {}
+        if run.measures:
+            held_out = read_prompts(config.data, tokens, config.evaluation.split)
+            scores, table, kl["kl"] = judge.compare(
+                referee,
+                {"before": reference, "after": policy},
+                held_out,
+                tokens,
+                most=config.evaluation.prompts,
+                seed=config.seed,
+                max_new_tokens=config.rollout.max_new_tokens,
+                temperature=config.rollout.temperature,
+                greedy=config.evaluation.greedy,
+                precision=config.train.precision,
+                rows=config.train.micro_batch or 128,
+            )
+            run.samples("answers", table, "Held-out prompts, answered before and after")
         return run.publish(
             WRITES,
             lambda folder: language.save(policy, tokens, folder),
@@ -472,7 +474,7 @@ def main(config: Config) -> Artifact:
             preprocessing={**parents["policy"].preprocessing, "template": config.data.template},
             data={"fingerprint": config.data.fingerprint(), "prompts": len(prompts), "skipped": prompts.skipped},
             step=steps,
-            kl=kl,
+            **kl,
         )
 
 

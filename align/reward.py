@@ -177,13 +177,15 @@ def main(config: Config) -> artifact.Artifact:
 
         reference = chosen_pairs(train, config.evaluation_pairs)
         calibrate(objective.model, *rewards_of(objective, train, reference, config.train.precision))
-        before = RewardModel(build(parents["model"], tokens, config.seed)).to(distributed.device())
-        score = evaluate(objective, before, tokens, config, run)
+        scores = []
+        if run.measures:
+            before = RewardModel(build(parents["model"], tokens, config.seed)).to(distributed.device())
+            scores = [evaluate(objective, before, tokens, config, run)]
         model = objective.model
         return run.publish(
             WRITES,
             lambda folder: language.save(model, tokens, folder),
-            [score],
+            scores,
             architecture={"name": type(model).__name__, "parameters": language.size(model)},
             preprocessing={
                 "tokenizer": tokenizer.digest(tokens),

@@ -168,12 +168,14 @@ def main(config: Config) -> artifact.Artifact:
         fit(objective, stream, optim, config.train, run, steps=steps, seed=config.seed)
 
         model = objective.model.eval()
-        base = language.read(parents["model"]).to(distributed.device())
-        score = evaluate(model, base, tokens, config, run)
+        scores = []
+        if run.measures:
+            base = language.read(parents["model"]).to(distributed.device())
+            scores = [evaluate(model, base, tokens, config, run)]
         return run.publish(
             WRITES,
             lambda folder: language.save(model, tokens, folder),
-            [score],
+            scores,
             architecture={"name": type(model).__name__, "parameters": language.size(model)},
             preprocessing={"tokenizer": tokenizer.digest(tokens), "template": config.data.template},
             data={"fingerprint": config.data.fingerprint(), "examples": len(train.records), "skipped": train.skipped},

@@ -77,6 +77,11 @@ class Artifact:
         return self.manifest["step"]
 
     @property
+    def checkpoint(self) -> dict[str, Any] | None:
+        """{step, of, why} where it was written from another step than the last, or by an export."""
+        return self.manifest.get("checkpoint")
+
+    @property
     def seed(self) -> int | None:
         return self.manifest["seed"]
 
@@ -197,23 +202,25 @@ def write(
     metrics: dict[str, Any] | None = None,
     preprocessing: dict[str, Any] | None = None,
     data: dict[str, Any] | None = None,
+    checkpoint: dict[str, Any] | None = None,
 ) -> Artifact:
     """Publish an artifact, whole or not at all. No collectives: called on the main process alone.
 
     Args:
         save: writes weights, config and tokenizer into the folder that it is given.
         config: the resolved YAML of the stage; its `stage` and `name` are who made this.
+        checkpoint: {step, of, why} where this is not simply the last step.
 
     Raises:
         InputError: `path` holds something that is not an artifact; it is left alone.
     """
-    import yaml
+    from fledge.config import parse
 
     path = Path(path)
     if kind not in KINDS:
         raise ValueError(f"{kind!r} is no kind of artifact; expected one of {', '.join(KINDS)}")
     _refuse_to_destroy(path)
-    made_by = yaml.safe_load(config) or {}
+    made_by = parse(config, "config").data or {}
     stage = str(made_by.get("stage", ""))
     manifest = {
         "format": FORMAT,
@@ -222,6 +229,7 @@ def write(
         "name": str(made_by.get("name") or stage.rpartition(".")[2] or path.name),
         "architecture": architecture,
         "step": step,
+        "checkpoint": checkpoint,
         "seed": seed,
         "parents": {role: _record(parent.manifest) for role, parent in (parents or {}).items()},
         "origin": origin,
@@ -452,7 +460,7 @@ def describe(artifact: Artifact) -> str:
         "kind": artifact.kind,
         "stage": artifact.stage,
         "digest": artifact.digest,
-        "step": artifact.step,
+        "step": _step(artifact.manifest),
         "seed": artifact.seed,
         "architecture": _brief(artifact.architecture),
         "preprocessing": _brief(artifact.preprocessing),
@@ -467,6 +475,12 @@ def describe(artifact: Artifact) -> str:
     lines += ["", *_table(artifact.metrics)] if artifact.metrics else []
     lines += ["", "lineage", *(f"  {line}" for line in tree(artifact).splitlines())]
     return "\n".join(lines)
+
+
+def _step(manifest: Mapping[str, Any]) -> Any:
+    """40, or `40 of 100 (exported)`."""
+    taken = manifest.get("checkpoint")
+    return f"{taken['step']} of {taken['of']} ({taken['why']})" if taken else manifest["step"]
 
 
 def _size(artifact: Artifact) -> str:
@@ -560,7 +574,7 @@ def _card(manifest: dict[str, Any], folder: Path) -> str:
     facts = {
         "kind": kind,
         "stage": manifest["stage"],
-        "step": manifest["step"],
+        "step": _step(manifest),
         "seed": manifest["seed"],
         "architecture": _brief(manifest["architecture"]),
         "preprocessing": _brief(manifest["preprocessing"]),

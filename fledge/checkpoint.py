@@ -49,8 +49,15 @@ class Checkpoint:
 # ---- save and find ---------------------------------------------------------------------------------------------------
 
 
-def save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> Path:
-    """Publish the state of `step` under `root`, then prune all but the newest `keep`. Returns its folder.
+def save(
+    root: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    keep: int,
+    spare: int | None = None,
+) -> Path:
+    """Publish the state of `step` under `root`, then prune all but the newest `keep` and `spare`. Returns its folder.
 
     `tensors` has one group a file. A step that is already there and verifies stays as it is: a run is a pure function
     of its config, so that both are the same, and there is no moment at which neither exists.
@@ -62,7 +69,7 @@ def save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: di
     def publish() -> None:
         try:
             _write(root, step, tensors, state)
-            _prune(root, step, keep)
+            _prune(root, step, keep, spare)
         except (OSError, SafetensorError) as reason:
             raise RunError(
                 f"checkpoint of step {step} could not be written to {root}: {reason}. The older checkpoints are "
@@ -86,6 +93,32 @@ def newest(root: Path) -> Checkpoint | None:
     step = distributed.on_main(find)
     if step is None:
         return None
+    return _read(root, step)
+
+
+def find(root: Path, step: int | None = None) -> Checkpoint:
+    """The checkpoint of `step`, or the newest that verifies. Nothing is renamed or removed.
+
+    Raises:
+        InputError: it is not there, or not whole.
+    """
+    root = Path(root)
+
+    def look() -> int:
+        there = _steps(root)
+        faults = {one: _faults(root / _name(one), one) for one in (reversed(there) if step is None else [step])}
+        whole = next((one for one, found in faults.items() if not found), None)
+        if whole is not None:
+            return whole
+        if step in there:
+            raise InputError(f"checkpoint {root / _name(step)} is broken: {'; '.join(faults[step])}")
+        has = f"it has {', '.join(map(str, there))}" if there else "it has none"
+        raise InputError(f"{root}: no {'whole checkpoint' if step is None else f'checkpoint of step {step}'}; {has}")
+
+    return _read(root, distributed.on_main(look))
+
+
+def _read(root: Path, step: int) -> Checkpoint:
     path = root / _name(step)
     return Checkpoint(step, path, json.loads((path / STATE).read_text(encoding="utf-8")))
 
@@ -124,29 +157,36 @@ def _write(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
         raise
 
 
-def _prune(root: Path, step: int, keep: int) -> None:
-    """Remove older checkpoints. Never one from a later step: that is not ours to judge."""
+def _prune(root: Path, step: int, keep: int, spare: int | None) -> None:
+    """Remove older checkpoints but `spare`. Never one from a later step: that is not ours to judge."""
     older = [other for other in _steps(root) if other < step]
     for other in older[: max(len(older) + 1 - keep, 0)]:
-        files.remove(root / _name(other))
+        if other != spare:
+            files.remove(root / _name(other))
 
 
 def _verified(root: Path, step: int) -> bool:
     """Is the checkpoint of this step whole? A broken one is set aside, with a warning that names the file."""
     path = root / _name(step)
-    try:
-        manifest = files.read_manifest(path, FORMAT, "checkpoint")
-        found = files.faults(path, manifest)
-        if not found and manifest.get("step") != step:
-            found = [f"{files.MANIFEST} says step {manifest.get('step')}"]
-    except files.Broken as broken:
-        found = [str(broken)]
+    found = _faults(path, step)
     if found:
         bad = files.aside(path, "bad")
         files.move(path, bad)
         message = f"checkpoint {path} is broken: {'; '.join(found)}. Set aside as {bad.name}; an older one is used"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
     return not found
+
+
+def _faults(path: Path, step: int) -> list[str]:
+    """What is wrong with the checkpoint of this step, one sentence a file."""
+    try:
+        manifest = files.read_manifest(path, FORMAT, "checkpoint")
+        found = files.faults(path, manifest)
+    except files.Broken as broken:
+        return [str(broken)]
+    if not found and manifest.get("step") != step:
+        return [f"{files.MANIFEST} says step {manifest.get('step')}"]
+    return found
 
 
 def storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from fledge import __version__
 from fledge.errors import InputError, RunError
+from fledge.redact import redact
 
 KINDS = "vision-encoder, text-encoder, causal-lm, image-classifier, dual-encoder, chat-model, reward-model"
 OVERRIDES = "name.section.key=value (of one stage's file: section.key=value); the value is YAML"
@@ -43,6 +44,12 @@ def parser() -> argparse.ArgumentParser:
     bring.add_argument("source", metavar="SOURCE", help="the folder, or owner/name on the Hugging Face hub")
     bring.add_argument("dir", metavar="DIR", help="the artifact to write")
     bring.set_defaults(work=_import)
+
+    export = commands.add_parser("export", help="write an artifact from a checkpoint of a run, unmeasured")
+    export.add_argument("run", metavar="RUN[@STEP]", help="a run's folder; @STEP, or @best, instead of the newest")
+    export.add_argument("dir", metavar="DIR", help="the artifact to write")
+    export.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="where data and parents lie now, the device")
+    export.set_defaults(work=_export)
 
     generate = commands.add_parser("generate", help="text from a language artifact")
     generate.add_argument("dir", metavar="DIR", help="an artifact's folder, or its run's")
@@ -94,6 +101,13 @@ def _import(args: argparse.Namespace) -> None:
     print(f"{made.path}: {made.kind} {made.digest[:12]} from {args.source}")
 
 
+def _export(args: argparse.Namespace) -> None:
+    from fledge.export import export
+
+    made = export(args.run, args.dir, args.overrides)
+    print(f"{made.path}: {made.kind} {made.digest[:12]} from step {made.step} of {args.run}")
+
+
 def _generate(args: argparse.Namespace) -> None:
     from fledge.generate import generate
 
@@ -126,7 +140,7 @@ def _parse(top: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse
     args, rest = top.parse_known_args(argv)
     stray = [text for text in rest if text.startswith("-") or not hasattr(args, "overrides")]
     if stray:
-        top.error(f"unrecognized arguments: {' '.join(stray)}")
+        top.error(f"unrecognized arguments: {redact(' '.join(stray))}")
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args
@@ -169,6 +183,7 @@ def guarded(work: Callable[[], None], resumable: bool) -> int:
 
 
 def _complain(message: str, code: int) -> int:
+    message = redact(message)
     rank = os.environ.get("RANK", "0") if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1 else "0"
     group = sys.modules.get("torch.distributed")
     joined = group is not None and group.is_available() and group.is_initialized()

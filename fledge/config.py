@@ -50,6 +50,10 @@ class Config(BaseModel):
         protected_namespaces=(),
     )
 
+    def also_science(self) -> set[str]:
+        """Fields whose mark says hardware or bookkeeping, but which decide the result as this config stands."""
+        return set()
+
 
 def hardware(default: Any = ..., **kw: Any) -> Any:
     """A field that changes how the result is computed, but not the result."""
@@ -649,10 +653,11 @@ def to_yaml(data: Any) -> str:
 
 def science(config: BaseModel) -> dict[str, Any]:
     """What the result follows from: plain data without hardware, bookkeeping and the paths of parents."""
+    more = config.also_science() if isinstance(config, Config) else set()
     return {
         name: _science(getattr(config, name))
         for name, info in type(config).model_fields.items()
-        if mark(info) == SCIENCE and name != "parents"
+        if (mark(info) == SCIENCE or name in more) and name != "parents"
     }
 
 

@@ -174,6 +174,27 @@ def faults(folder: Path, manifest: dict) -> list[str]:
     found += [sentence for name in there if name in files for sentence in _file_fault(folder / name, name, files[name])]
     if not found and manifest.get("digest") != table_digest(files):
         found = [f"{MANIFEST} has a digest that does not follow from its table of files"]
+    return found or stray_shards(folder, there)
+
+
+def stray_shards(folder: Path, names: list[str]) -> list[str]:
+    """Indexes of shards that lead out of the folder or to another format; `names` are the files of the folder.
+
+    Loaders follow an index wherever it leads, and unpickle what has no name in .safetensors.
+    """
+    found = []
+    for index in (name for name in names if name.endswith(".index.json")):
+        try:
+            shards = set(json.loads((folder / index).read_bytes())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            found.append(f"{index} is no readable index of shards")
+            continue
+        beside = PurePosixPath(index).parent
+        odd = [one for one in shards if not (isinstance(one, str) and one.endswith(".safetensors") and plain(one))]
+        odd += [one for one in shards.difference(odd) if str(beside / one) not in names]
+        found += [
+            f"{index} names {one!r}, which is no .safetensors file of the folder" for one in sorted(odd, key=repr)
+        ]
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from fledge import artifact, config, files
 from fledge.artifact import KINDS, Artifact
 from fledge.errors import InputError
+from fledge.redact import redact
 
 VISION = ("vision-encoder", "image-classifier")
 AUTO = {
@@ -53,7 +54,7 @@ def _folder(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=HUB_FILES))
     except Exception as error:  # offline, unknown, gated, interrupted: the library's words say which
-        words = " ".join(str(error).split())[:300]
+        words = redact(" ".join(str(error).split()))[:300]
         raise InputError(
             f"{source} is no folder here, and could not be fetched from the Hugging Face hub ({type(error).__name__}: "
             f"{words}); check the name and the network, or give a local folder"
@@ -72,6 +73,10 @@ def _only_safetensors(folder: Path) -> None:
         raise InputError(f"{folder} has no .safetensors file; expected config.json and model.safetensors")
     if "config.json" not in names:
         raise InputError(f"{folder} has no config.json; expected the folder of a timm or transformers model")
+    if not {artifact.WEIGHTS, f"{artifact.WEIGHTS}.index.json"} & set(names):  # a loader would look for a pickle next
+        raise InputError(f"{folder} has no {artifact.WEIGHTS}, nor an index of its shards; save the weights as that")
+    if stray := files.stray_shards(folder, names):
+        raise InputError(f"{folder}: {'; '.join(stray)}; save the model again in one folder")
     if _description(folder).get("auto_map"):
         raise InputError(f"{folder} needs code of its own (auto_map in config.json), which fledge does not run")
 

@@ -411,15 +411,15 @@ def decide(config: StageConfig, parents: Mapping[str, str | None], fresh: bool =
 
 def _read_identity(folder: Path) -> dict[str, Any]:
     """The identity of the run that lies in `folder`."""
-    try:
-        old = json.loads((folder / "identity.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        absent = isinstance(error, FileNotFoundError | NotADirectoryError)
-        what = "it has no identity.json" if absent else f"identity.json cannot be read ({error})"
+    from fledge import track
+
+    old = track.read_identity(folder)
+    if old is None:
         raise InputError(
-            f"{folder} exists and is no run of fledge: {what}; move it away, or choose another --out or name"
-        ) from None
-    return old if isinstance(old, dict) else {}
+            f"{folder} exists and is no run of fledge: it has no identity.json; move it away, or choose another --out "
+            "or name"
+        )
+    return old
 
 
 def _artifact_state(folder: Path) -> str | None:
@@ -441,6 +441,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tupl
     before, after = dict(_flat(old)), dict(_flat(new))
     for key in dict.fromkeys([*before, *after]):
         a, b = before.get(key, _ABSENT), after.get(key, _ABSENT)
+        if a in (None, _ABSENT) and b in (None, _ABSENT):
+            continue
         if a is _ABSENT or b is _ABSENT or a != b or type(a) is not type(b):
             inside = names.get(key[0])
             name = dotted(key) if inside is None else inside + dotted(key[1:])

@@ -17,22 +17,27 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from fledge.config import Config, bookkeeping, data_sections, dump, science
 from fledge.errors import InputError
+from fledge.redact import redact
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from fledge.artifact import Artifact
+    from fledge.checkpoint import Checkpoint
     from fledge.config import StageConfig
     from fledge.evals.score import Score
 
 PACKAGES = ("fledge", "torch", "torchvision", "accelerate", "timm", "transformers", "trl", "peft", "tokenizers")
 PACKAGES += ("safetensors", "numpy", "pillow", "pydantic", "wandb")
+FORMAT = 1  # of a run's folder; one without a number is of the first
 PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal to draw a bar on
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -123,6 +128,43 @@ def identity(config: StageConfig, parents: Mapping[str, str]) -> dict[str, Any]:
     return {"stage": config.stage, "config": science(config), "parents": dict(parents), "data": data}
 
 
+def said(identity: Any) -> Any:
+    """An identity without what is null: a field that came with a later version, and is off, makes no other run."""
+    if isinstance(identity, dict):
+        return {key: said(value) for key, value in identity.items() if value is not None}
+    return [said(item) for item in identity] if isinstance(identity, list) else identity
+
+
+def write_identity(folder: Path, identity: Mapping[str, Any]) -> None:
+    write_json(folder / "identity.json", {"format": FORMAT, **identity})
+
+
+def read_identity(folder: Path) -> dict[str, Any] | None:
+    """The identity of the run in `folder`, without the number of its format; None where there is none.
+
+    Raises:
+        InputError: it cannot be read, or another version of fledge with another format wrote it.
+    """
+    path = folder / "identity.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder} exists and is no run of fledge: identity.json cannot be read ({error}); move it away, or choose "
+            "another --out or name"
+        ) from None
+    found = found if isinstance(found, dict) else {}
+    number = found.pop("format", 1)
+    if number != FORMAT:
+        raise InputError(
+            f"run {folder} has format {number}; this version of fledge reads format {FORMAT}. Go on with the version "
+            "that began it, or choose another --out or name"
+        )
+    return found
+
+
 def set_aside(folder: Path) -> Path:
     """Rename a run's folder to the first free NAME~1, NAME~2 …; nothing is ever deleted."""
     number = 1
@@ -145,6 +187,13 @@ def environment() -> dict[str, Any]:
         "device": _device(),
         "git": _git(),
     }
+
+
+def changed_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What could change bits between two environments: `torch 2.13.0 -> 2.14.0`, one text each."""
+    old, new = ({**e.get("packages", {}), "python": e.get("python"), "device": e.get("device")} for e in (before, now))
+    names = dict.fromkeys([*old, *new])
+    return [f"{n} {old.get(n) or 'absent'} -> {new.get(n) or 'absent'}" for n in names if old.get(n) != new.get(n)]
 
 
 def _version(package: str) -> str | None:
@@ -364,9 +413,7 @@ class Wandb:
         try:
             return act()
         except Exception as error:  # noqa: BLE001  (third party: network, service process, disk; none may end training)
-            first = (str(error).strip().splitlines() or [""])[0][:200]
-            key = os.environ.get("WANDB_API_KEY")
-            first = first.replace(key, "…") if key else first
+            first = redact((str(error).strip().splitlines() or [""])[0])[:200]
             self._say(f"wandb {what} ({type(error).__name__}: {first}); metrics.jsonl has everything")
             self.run = None
             return None
@@ -375,10 +422,34 @@ class Wandb:
 # -------------------------------------------------------------------------------------------------------- run
 
 
+@dataclass(frozen=True)
+class Export:
+    """What a stage does instead of training: hand over, unmeasured, what a checkpoint holds."""
+
+    checkpoint: Checkpoint
+    target: Path
+    """The artifact to write."""
+    config: StageConfig
+    """Of the run that the checkpoint is from; the stage itself works in a folder that is thrown away."""
+
+
+_export: ContextVar[Export | None] = ContextVar("export", default=None)
+
+
+@contextmanager
+def exporting(export: Export) -> Iterator[None]:
+    """Every run that is opened inside exports."""
+    token = _export.set(export)
+    try:
+        yield
+    finally:
+        _export.reset(token)
+
+
 class Run:
     """One stage's folder, OUT/NAME. Opened first thing in a stage's main; `publish` closes it.
 
-    config.yaml  metrics.jsonl  environment.json  status.json  wandb.json  media/  checkpoints/  artifact/
+    config.yaml  metrics.jsonl  environment.json  status.json  wandb.json  best.json  media/  checkpoints/  artifact/
     """
 
     def __init__(self, config: StageConfig, parents: Mapping[str, Artifact]):
@@ -388,6 +459,9 @@ class Run:
         self.name, self.dir = config.run_name, config.run_dir
         self.unit = "rows"
         self.main = distributed.is_main()
+        self.export = _export.get()
+        self.taken: dict[str, Any] | None = None
+        """The checkpoint that is handed over, {step, of, why}, where that is not simply the last."""
         self._bar: Progress | None = None
         self._file: TextIO | None = None
         self._wandb: Wandb | None = None
@@ -409,10 +483,11 @@ class Run:
     def _start(self, mode: str) -> None:
         me = json.loads(json.dumps(identity(self.config, {role: p.digest for role, p in self.parents.items()})))
         try:
-            if read_json(self.dir / "identity.json", me) != me:
+            old = read_identity(self.dir)
+            if old is not None and said(old) != said(me):
                 self.say(f"its config, data or parents changed; the earlier run is kept as {set_aside(self.dir)}")
             self.dir.mkdir(parents=True, exist_ok=True)
-            write_json(self.dir / "identity.json", me)
+            write_identity(self.dir, me)
             write_atomic(self.dir / "config.yaml", dump(self.config))
         except OSError as error:
             raise InputError(f"out: cannot write to {self.dir}: {error.strerror}; choose another folder") from error
@@ -428,10 +503,15 @@ class Run:
         """Note in environment.json and status.json that somebody started to work here, with what and when."""
         now = time.time()
         attempts = read_json(self.dir / "environment.json", {"attempts": []})["attempts"]
-        here = environment()
-        if attempts and attempts[-1]["packages"] != here["packages"]:
-            self.say("other library versions than when this run began: the result will be close, not bit for bit equal")
-        write_json(self.dir / "environment.json", {"attempts": [*attempts, {"started": now, **here}]})
+        here: dict[str, Any] = {"started": now, **environment()}
+        here["bitwise"] = all(attempt.get("bitwise", True) for attempt in attempts)
+        trained = attempts and any(self.dir.glob("checkpoints/step_*"))  # else there is nothing to go on from
+        if trained and (others := changed_versions(attempts[-1], here)):
+            self.say(
+                f"goes on with other versions ({', '.join(others)}): close to an uninterrupted run, not bit for bit"
+            )
+            here |= {"bitwise": False, "changed": others}
+        write_json(self.dir / "environment.json", {"attempts": [*attempts, here]})
         before = read_json(self.dir / "status.json", {})
         self._status = {"state": "running", "stage": self.config.stage, "started": before.get("started", now)}
         self._status |= {"updated": now, "seconds": before.get("seconds", 0.0), "step": before.get("step", 0)}
@@ -442,6 +522,21 @@ class Run:
         began, before = self._clock
         self._status |= {"updated": time.time(), "seconds": round(before + time.monotonic() - began, 2)} | changes
         write_json(self.dir / "status.json", self._status)
+
+    @property
+    def measures(self) -> bool:
+        """Whether the stage measures what it hands over; an export does not."""
+        return self.export is None
+
+    def note_best(self, best: Mapping[str, Any] | None) -> None:
+        """best.json says which checkpoint is the best so far. For people: a resumed run reads its checkpoint."""
+        path = self.dir / "best.json"
+        if not self.main or best is None and not path.exists():
+            return
+        if best is None:
+            path.unlink()
+        else:
+            write_json(path, {**best, "checkpoint": f"checkpoints/step_{best['step']:08d}"})
 
     # -- numbers
 
@@ -556,13 +651,15 @@ class Run:
         """Write OUT/NAME/artifact, say the scores, and close the run. Every process gets the artifact."""
         from fledge import artifact, distributed
 
-        path = self.dir / "artifact"
+        path = self.export.target if self.export else self.dir / "artifact"
+        config = self.export.config if self.export else self.config
 
         def hand_over() -> None:
             self.finish_progress()
             artifact.write(
-                path, kind=kind, save=save, config=dump(self.config), parents=self.parents or None, origin=origin,
-                architecture=architecture, step=step, seed=self.config.seed,
+                path, kind=kind, save=save, config=dump(config), parents=self.parents or None, origin=origin,
+                architecture=architecture, step=self.taken["step"] if self.taken else step, seed=config.seed,
+                checkpoint=self.taken,
                 metrics={"scores": [s.to_dict() for s in scores], **metrics},
                 preprocessing=preprocessing or {}, data=data or {},
             )  # fmt: skip

@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from fledge import checkpoint, distributed
-from fledge.config import Config, Duration, bookkeeping, hardware
-from fledge.errors import RunError
+from fledge.config import Config, Duration, bookkeeping, hardware, nearest
+from fledge.errors import InputError, RunError
 from fledge.optim import Optim
 from fledge.stream import Batch, derive, rows_of, share
 
@@ -34,6 +34,17 @@ if TYPE_CHECKING:
     from fledge.track import Run
 
 Means = dict[str, Tensor]
+Best = dict[str, Any]
+"""{metric, mode, value, step}: the best evaluation so far, and the checkpoint that it is of."""
+
+
+class Select(Config):
+    """Which checkpoint becomes the artifact, instead of the last."""
+
+    metric: str = Field(pattern="^eval/.")
+    """A number that the stage measures every `eval_every` steps, as metrics.jsonl has it: `eval/knn_top1`."""
+    mode: Literal["min", "max"]
+    """Whether less or more is better; of equal ones the first is taken."""
 
 
 class TrainConfig(Config):
@@ -45,6 +56,8 @@ class TrainConfig(Config):
     """Optimiser steps, or e.g. "800 epochs"."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Autocast of the forward; parameters, losses and statistics stay in fp32."""
+    select: Select | None = None
+    """Hand over the best checkpoint by a metric; None: the last step."""
     micro_batch: PositiveInt | None = hardware(None)
     """The most rows of one forward on one rank; None: all of them."""
     workers: int = hardware(0, ge=0)
@@ -62,6 +75,16 @@ class TrainConfig(Config):
     """Checkpoints that stay on disk."""
     eval_every: int = bookkeeping(0, ge=0)
     """Steps between evaluations while training; 0: none."""
+
+    @model_validator(mode="after")
+    def _something_to_select_by(self) -> "TrainConfig":
+        if self.select is not None and not self.eval_every:
+            raise ValueError("select needs eval_every: the steps between the evaluations that it chooses by")
+        return self
+
+    def also_science(self) -> set[str]:
+        """Only what was evaluated can be chosen."""
+        return {"eval_every"} if self.select is not None else set()
 
 
 def autocast(precision: str) -> contextlib.AbstractContextManager:
@@ -140,8 +163,12 @@ def fit(
 ) -> None:
     """Train for ``steps`` optimiser steps, going on from the run's newest verified checkpoint.
 
+    With ``config.select`` the objective ends as the best evaluation saw it. In an export nothing is trained: the
+    objective is as the exported checkpoint has it.
+
     Raises:
-        RunError: a loss or the gradient is not finite.
+        InputError: ``select`` names what is not measured.
+        RunError: a loss or the gradient is not finite; out of memory.
     """
     torch.use_deterministic_algorithms(config.deterministic)
     blocks = repeated_blocks(objective)
@@ -151,7 +178,12 @@ def fit(
         for block in blocks:
             block.compile()
     model = distributed.wrap(objective)
-    start = resume(objective, optim, stream, run)
+    if run.export is not None:
+        take(objective, run.export.checkpoint, steps, "exported", run)
+        return
+    start, best = resume(objective, optim, stream, run)
+    if config.select is not None:
+        check_select(config.select, evaluate, start)
     model.train()  # transformers reads models in eval mode; an objective that wants no dropout overrides train()
     batches = load_ahead(stream, range(start, steps), config)
     warm = distributed.world_size() == 1
@@ -164,12 +196,14 @@ def fit(
             if batch is not None:
                 batch = {name: tensor.to(distributed.device(), non_blocking=True) for name, tensor in batch.items()}
                 micro_batches = [rows_of(batch, piece) for piece in micro]
-                if not warm:
-                    warm = settle_buckets(model, micro_batches[-1], step, config.precision)
                 try:
+                    if not warm:
+                        warm = settle_buckets(model, micro_batches[-1], step, config.precision)
                     means, norm = update(model, micro_batches, step, optim, seed=seed, precision=config.precision)
                 except RunError as error:
                     raise RunError(explain(error, step, run)) from None
+                except torch.OutOfMemoryError as error:
+                    raise RunError(out_of_memory(error, step, micro, config, run)) from None
                 stream.observe(step, means)
                 values = scalars(means, unwrap(model).weights) | {"grad_norm": norm.item(), "lr": optim.lr(step)}
                 seconds = time.perf_counter() - began
@@ -179,11 +213,19 @@ def fit(
                 progress.update(values, rows=stream.batch)
             else:
                 progress.update()
-            if evaluate and config.eval_every and (step + 1) % config.eval_every == 0:
-                run.log(step, {f"eval/{name}": value for name, value in evaluate(step).items()})
+            last, found = step + 1 == steps, best
+            if evaluate and config.eval_every and ((step + 1) % config.eval_every == 0 or last and config.select):
+                measured = {f"eval/{name}": value for name, value in evaluate(step).items()}
+                run.log(step, measured)
                 model.train()
-            if (step + 1) % config.save_every == 0 or step + 1 == steps:
-                save(objective, optim, stream, run, step + 1, config.keep)
+                best = better(config.select, best, step + 1, measured)
+            if (step + 1) % config.save_every == 0 or last or best is not found:
+                save(objective, optim, stream, run, step + 1, config.keep, best)
+    if config.select is not None:
+        if best is None:
+            raise RunError(f"{run.name}: {config.select.metric} was never a finite number: no checkpoint is the best")
+        chosen = checkpoint.find(run.dir / "checkpoints", best["step"])
+        take(objective, chosen, steps, f"the best by {config.select.metric}, {best['value']:.6g}", run)
 
 
 def explain(error: RunError, step: int, run: "Run") -> str:
@@ -191,6 +233,20 @@ def explain(error: RunError, step: int, run: "Run") -> str:
     return (
         f"{run.name}: {error}. The last checkpoints are kept in {kept}. A lower optim.lr, a longer optim.warmup, "
         "optim.clip or precision: fp32 usually helps; a changed value starts a new run beside this one"
+    )
+
+
+def out_of_memory(error: Exception, step: int, micro: list[slice], config: TrainConfig, run: "Run") -> str:
+    """What to change: first what leaves the result as it is."""
+    rows, most = sum(m.stop - m.start for m in micro), max(m.stop - m.start for m in micro)
+    pieces = -(-rows // max(most - 1, 1))
+    helps = [f"train.micro_batch={-(-rows // pieces)}"] if most > 1 else []
+    helps += ["train.grad_checkpointing=true"] if not config.grad_checkpointing else []
+    helps += ["train.precision=bf16 (another run)"] if config.precision == "fp32" else []
+    first = str(error).partition(". ")[0].partition("\n")[0][:200]
+    return (
+        f"{run.name}: step {step}: out of memory with micro-batches of {most} rows ({first}). The largest to try next: "
+        f"{', or '.join(helps) or 'a smaller model'}; the same command then goes on from the last checkpoint"
     )
 
 
@@ -203,29 +259,73 @@ def scalars(means: Means, weights: dict[str, float]) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------- resume
 
 
-def save(objective: nn.Module, optim: Optim, stream: Any, run: "Run", step: int, keep: int) -> None:
-    """Save everything that step ``step`` depends on: parameters, buffers, optimiser, and the stream's own state."""
+def save(
+    objective: nn.Module, optim: Optim, stream: Any, run: "Run", step: int, keep: int, best: Best | None = None
+) -> None:
+    """Save everything that step ``step`` depends on: parameters, buffers, optimiser, the stream's own state, and which
+    checkpoint was the best so far. That one is not pruned."""
     tensors, state = stream.state()
     parts = {
         "model": checkpoint.module_tensors(objective),
         "optim": checkpoint.optimizer_tensors(optim.optimizer, objective),
         "stream": tensors,
     }
-    checkpoint.save(run.dir / "checkpoints", step, parts, {"stream": state}, keep)
+    states = {"stream": state} | ({"best": best} if best else {})
+    checkpoint.save(run.dir / "checkpoints", step, parts, states, keep, best["step"] if best else None)
+    run.note_best(best)
 
 
-def resume(objective: nn.Module, optim: Optim, stream: Any, run: "Run") -> int:
-    """Load the newest verified checkpoint, if there is one, and return the step to go on with."""
+def resume(objective: nn.Module, optim: Optim, stream: Any, run: "Run") -> tuple[int, Best | None]:
+    """Load the newest verified checkpoint, if there is one; the step to go on with, and the best one until there."""
     found = checkpoint.newest(run.dir / "checkpoints")
     if found is None:
         run.truncate(0)
-        return 0
+        run.note_best(None)
+        return 0, None
     checkpoint.load_module(objective, found.tensors("model"))
     checkpoint.load_optimizer(optim.optimizer, objective, found.tensors("optim"))
     stream.load(found.tensors("stream"), found.state["stream"])
     run.truncate(found.step)
     run.say(f"resumed at step {found.step} from {found.path}")
-    return found.step
+    best = found.state.get("best")
+    run.note_best(best)
+    return found.step, best
+
+
+def take(objective: nn.Module, found: checkpoint.Checkpoint, steps: int, why: str, run: "Run") -> None:
+    """Put a checkpoint's parameters and buffers into the objective: it is what will be handed over."""
+    checkpoint.load_module(objective, found.tensors("model"))
+    run.taken = {"step": found.step, "of": steps, "why": why}
+    run.say(f"step {found.step} of {steps} is handed over ({why})")
+
+
+# ---------------------------------------------------------------------------------------------------------- select
+
+
+def check_select(select: Select, evaluate: Callable[[int], dict[str, float]] | None, start: int) -> None:
+    """Refuse at once a metric that is never measured; a run that has begun was looked at when it began."""
+    if evaluate is None:
+        raise InputError(
+            f"train.select: {select.metric} is not measured while this stage trains; give it something to evaluate on, "
+            "or leave select out"
+        )
+    names = [f"eval/{name}" for name in evaluate(0)] if start == 0 else [select.metric]
+    if select.metric not in names:
+        raise InputError(
+            f"train.select.metric: {select.metric} is not measured; expected one of {', '.join(names)}"
+            f"{nearest(select.metric, names)}"
+        )
+
+
+def better(select: Select | None, best: Best | None, step: int, measured: dict[str, float]) -> Best | None:
+    """The best until now: ``best`` itself, or what was measured behind ``step`` steps if that is truly better."""
+    if select is None:
+        return best
+    value = distributed.broadcast_object(float(measured[select.metric]))  # all ranks save, or none does
+    sign = 1 if select.mode == "max" else -1
+    if not math.isfinite(value) or best is not None and sign * value <= sign * best["value"]:
+        return best
+    return {"metric": select.metric, "mode": select.mode, "value": value, "step": step}
 
 
 def settle_buckets(model: nn.Module, micro_batch: Batch, step: int, precision: str) -> bool:

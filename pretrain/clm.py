@@ -176,16 +176,18 @@ def main(config: Config) -> artifact.Artifact:
         fit(objective, stream, optim, config.train, run, steps=steps, seed=config.seed)
 
         model = objective.model.eval()
-        held_out = Packed(config.data, tokens, config.evaluation_split, style="causal", at_least=0)
-        before = untrained().to(distributed.device())
-        documents["held out"] = text.documents(config.data, config.evaluation_split)
-        score = evaluate(model, before, held_out, documents, tokens, config.train.precision)
-        beginnings = [" ".join(document.split()[:6]) for document in documents["held out"][:8]]
-        run.samples("continuations", continuations(model, tokens, beginnings), "Held-out beginnings, continued")
+        scores = []
+        if run.measures:
+            held_out = Packed(config.data, tokens, config.evaluation_split, style="causal", at_least=0)
+            before = untrained().to(distributed.device())
+            documents["held out"] = text.documents(config.data, config.evaluation_split)
+            scores = [evaluate(model, before, held_out, documents, tokens, config.train.precision)]
+            beginnings = [" ".join(document.split()[:6]) for document in documents["held out"][:8]]
+            run.samples("continuations", continuations(model, tokens, beginnings), "Held-out beginnings, continued")
         return run.publish(
             WRITES,
             lambda folder: language.save(model, tokens, folder),
-            [score],
+            scores,
             architecture={"name": type(model).__name__, "parameters": language.size(model)},
             preprocessing={"tokenizer": tokenizer.digest(tokens), "max_length": config.model.context_length},
             data={"fingerprint": config.data.fingerprint(), "documents": train.documents},

@@ -371,7 +371,7 @@ def main(config: Config) -> Artifact:
         fit(dino, stream, optim, config.train, run, steps=steps, seed=config.seed, evaluate=watched)
 
         scores = []
-        if config.evaluation:
+        if run.measures and config.evaluation:
             before = build(config, parents.get("init"), steps, stream.steps_per_epoch).teacher.backbone
             scores = [evaluate(backbone, before.to(distributed.device()), config.evaluation, view)]
         return run.publish(

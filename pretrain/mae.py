@@ -277,10 +277,13 @@ def main(config: Config) -> artifact.Artifact:
         fit(mae, stream, optim, config.train, run, steps=steps, seed=config.seed)
 
         mae.eval()
-        run.picture("reconstructions", reconstructions(mae, images, config), "Masked, reconstructed, original")
         view = config.augment.evaluation(resize=config.augment.size)
-        before = untrained().encoder.to(distributed.device())
-        scores = [evaluate(mae.encoder, before, config.evaluation, view)] if config.evaluation else []
+        scores = []
+        if run.measures:
+            run.picture("reconstructions", reconstructions(mae, images, config), "Masked, reconstructed, original")
+        if run.measures and config.evaluation:
+            before = untrained().encoder.to(distributed.device())
+            scores = [evaluate(mae.encoder, before, config.evaluation, view)]
         return run.publish(
             WRITES,
             lambda folder: vit.save(mae.encoder, config.model, vit.preprocessing(view), folder),

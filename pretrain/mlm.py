@@ -242,14 +242,17 @@ def main(config: Config) -> artifact.Artifact:
         )
         fit(objective, stream, optim, config.train, run, steps=steps, seed=config.seed)
 
-        held_out = Packed(config.data, tokens, config.evaluation_split, style="encoder", at_least=0)
         objective.eval()
-        score = evaluate(objective, held_out, train, tokens, config, untrained().to(distributed.device()))
-        run.samples("masked_tokens", examples(objective, held_out, tokens, config), "Held-out rows, asked and answered")
+        scores = []
+        if run.measures:
+            held_out = Packed(config.data, tokens, config.evaluation_split, style="encoder", at_least=0)
+            scores = [evaluate(objective, held_out, train, tokens, config, untrained().to(distributed.device()))]
+            shown = examples(objective, held_out, tokens, config)
+            run.samples("masked_tokens", shown, "Held-out rows, asked and answered")
         return run.publish(
             WRITES,
             lambda folder: language.save(objective.model, tokens, folder),
-            [score],
+            scores,
             architecture={"name": type(objective.model).__name__, "parameters": language.size(objective.model)},
             preprocessing={"tokenizer": tokenizer.digest(tokens), "max_length": config.model.context_length},
             data={"fingerprint": config.data.fingerprint(), "documents": train.documents},

@@ -1,9 +1,11 @@
 """What the documents show is true: their files run, their configs load, their links lead somewhere."""
 
+import hashlib
 import importlib.util
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import timm
 import yaml
 from PIL import Image
 
-from fledge import cli, recipe
+from fledge import artifact, cli, files, recipe
 from fledge import config as configs
 from fledge.data import chats, preferences
 from fledge.errors import InputError
@@ -157,6 +159,29 @@ def test_the_schema_of_the_configs_page_is_written(elsewhere):
     exec(page("python"), {})
     schema = json.loads(Path("mae.schema.json").read_text())
     assert schema["properties"]["optim"] and schema["additionalProperties"] is False
+
+
+# ------------------------------------------------------------------------------------------------ docs/handoff.md
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="this system has no sha256sum")
+def test_the_manifest_is_as_the_handoff_page_says(elsewhere):
+    """Fields, digest and seal of a real one, by the page's own words and command."""
+    text = (ROOT / "docs/handoff.md").read_text()
+    made = artifact.write(
+        elsewhere / "artifact", kind="causal-lm", config="stage: pretrain.clm", architecture={},
+        save=lambda to: [(to / name).write_text(name) for name in ("b.json", "a.json", "é.txt")],
+    )  # fmt: skip
+    fields = {name for row in re.findall(r"^\| (`.*?) \|", text, re.M) for name in re.findall(r"`(\w+)`", row)}
+    assert fields == set(made.manifest)
+    assert all(f"`{kind}`" in text for kind in artifact.KINDS)
+    assert all(f"`{suffix}`" in text for suffix in files.PICKLES)
+    command = next(content for _, _, content in blocks("docs/handoff.md") if "sha256sum" in content)
+    said = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
+    assert said.split()[0] == made.digest
+    lines = (made.path / "manifest.json").read_text().splitlines(True)
+    unsealed = "".join(line for line in lines if not line.startswith(' "seal"'))
+    assert hashlib.sha256(unsealed.encode()).hexdigest() == made.manifest["seal"]
 
 
 # ------------------------------------------------------------------------------------------------ commands

@@ -201,8 +201,9 @@ def read(artifact: Artifact, auto: str = "AutoModelForCausalLM", **options) -> A
     expect_unexpected = tuple(options.pop("expect_unexpected", ()))
     with quiet():
         model, report = getattr(transformers, auto).from_pretrained(
-            artifact.path, local_files_only=True, output_loading_info=True, dtype=torch.float32, **options
-        )
+            artifact.path, local_files_only=True, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True, dtype=torch.float32, **options,
+        )  # fmt: skip
     # str.startswith(()) is False: without expectations every name counts.
     missing = sorted(n for n in report["missing_keys"] if not n.startswith(expect_missing))
     left_over = sorted(n for n in report["unexpected_keys"] if not n.startswith(expect_unexpected))

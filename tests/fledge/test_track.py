@@ -139,6 +139,48 @@ def test_status_adds_up_over_attempts(tmp_path):
     assert len(attempts) == 2 and attempts[0]["packages"]["torch"]
 
 
+def test_going_on_with_other_versions_is_said_once_and_recorded(tmp_path, monkeypatch, capsys):
+    here = track.environment()
+    now = {"torch": "2.0"}
+
+    def environment():
+        return {**here, "packages": {**here["packages"], **now}}
+
+    monkeypatch.setattr(track, "environment", environment)
+    open_run(tmp_path).close()
+    now["torch"] = "2.1"
+    open_run(tmp_path).close()  # nothing was saved yet: it starts anew, bit for bit
+    assert "other versions" not in capsys.readouterr().out
+    (tmp_path / "toy/checkpoints/step_00000004").mkdir(parents=True)
+    now |= {"torch": "2.2", "timm": None}
+    for _ in range(3):
+        open_run(tmp_path).close()
+    said = capsys.readouterr().out
+    assert said.count("goes on with other versions") == 1 and "torch 2.1 -> 2.2" in said and "-> absent" in said
+    attempts = json.loads((tmp_path / "toy/environment.json").read_text())["attempts"]
+    assert [attempt["bitwise"] for attempt in attempts] == [True, True, False, False, False]
+    assert ["torch 2.1 -> 2.2" in attempt.get("changed", []) for attempt in attempts] == [False] * 2 + [True] + [
+        False
+    ] * 2
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_run_of_another_format_is_refused_by_name_and_left_alone(tmp_path, number):
+    open_run(tmp_path).close()
+    path = tmp_path / "toy/identity.json"
+    written = json.loads(path.read_text())
+    assert written["format"] == track.FORMAT == 1
+    path.write_text(json.dumps(written | {"format": number}))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(InputError, match=f"toy has format {number}; this version of fledge reads format 1"):
+        open_run(tmp_path)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    del written["format"]  # as the first versions wrote it
+    path.write_text(json.dumps(written))
+    open_run(tmp_path).close()
+    assert not (tmp_path / "toy~1").exists() and json.loads(path.read_text())["format"] == 1
+
+
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("fledge.distributed.is_main", lambda: False)
     monkeypatch.setattr("fledge.distributed.barrier", lambda: None)

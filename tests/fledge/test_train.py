@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 from typing import Any, Literal
 
@@ -10,8 +11,8 @@ import torch
 from torch import nn
 
 from fledge import train as loop
-from fledge.config import StageConfig
-from fledge.errors import RunError
+from fledge.config import StageConfig, load, science
+from fledge.errors import InputError, RunError
 from fledge.optim import Optim, OptimConfig, adamw, decay_groups
 from fledge.stream import DataStream, rows_of
 from fledge.track import Run
@@ -247,7 +248,7 @@ class Toy(StageConfig):
 
 def fitted(folder, steps=6, evaluate=None, skipped=(), objective=None, optim=None, **more):
     """Fit a line in ``folder``: the objective, the stream, and what was logged."""
-    config = TrainConfig(**{"batch": 4, "steps": steps, "precision": "fp32", "device": "cpu", **more})
+    config = load(TrainConfig, {"batch": 4, "steps": steps, "precision": "fp32", "device": "cpu", **more})
     torch.manual_seed(0)
     objective = objective or Line()
     stream = Skipping(13, line_rows, batch=4, seed=1, skipped=skipped)
@@ -256,6 +257,36 @@ def fitted(folder, steps=6, evaluate=None, skipped=(), objective=None, optim=Non
         fit(objective, stream, optim, config, run, steps=steps, seed=2, evaluate=evaluate)
     path = folder / "toy" / "metrics.jsonl"
     return objective, stream, [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Hungry(Line):
+    """Fits micro-batches of at most ``most`` rows."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def forward(self, batch, step):
+        if len(batch["x"]) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
+        return super().forward(batch, step)
+
+
+def test_out_of_memory_names_the_largest_micro_batch_to_try(tmp_path):
+    tried: list[int | None] = [None]
+    while True:
+        try:
+            objective, *_ = fitted(tmp_path, objective=Hungry(1), micro_batch=tried[-1])
+            break
+        except RunError as error:
+            said = str(error)
+            assert said.startswith("toy: step 0: out of memory with micro-batches of")
+            assert "CUDA out of memory" in said and "train.grad_checkpointing=true" in said and "GPU 0" not in said
+            tried.append(int(said.partition("train.micro_batch=")[2].partition(",")[0]))
+    assert tried == [None, 2, 1] and objective.steps == 6
+    with pytest.raises(RunError, match="try next: a smaller model;") as caught:
+        fitted(tmp_path / "b", objective=Hungry(0), micro_batch=1, grad_checkpointing=True, precision="bf16")
+    assert "train.micro_batch=" not in str(caught.value)
 
 
 def without_times(records, *drop):
@@ -395,3 +426,76 @@ def nan_on_one_rank() -> None:
 
 def test_a_nan_on_one_rank_stops_every_rank(forks, tmp_path):
     forks.start("tests.fledge.test_train:nan_on_one_rank", {}, world=2, folder=tmp_path).wait()
+
+
+# ------------------------------------------------------------------------------------------------------------ select
+
+
+CURVE = {2: 0.3, 4: 0.9, 6: math.nan, 8: 0.9, 10: 0.7, 11: 0.8}
+"""A made-up metric behind so many steps: its best is that of step 4, and of step 2 where less is better."""
+
+
+def selected(folder, mode="max", metric="eval/score", curve=CURVE, die_at=None, **more):
+    """Fit 11 steps; the objective, and which evaluations were made. ``die_at``: raise in that evaluation."""
+    asked = []
+
+    def evaluate(step):
+        asked.append(step + 1)
+        if step + 1 == die_at:
+            raise KeyboardInterrupt
+        return {"score": curve.get(step + 1, 0.0), "other": 1.0}
+
+    how = {"steps": 11, "eval_every": 2, "save_every": 3, "keep": 1, "select": {"metric": metric, "mode": mode}}
+    objective, *_ = fitted(folder, evaluate=evaluate, **{**how, **more})
+    return objective, asked
+
+
+def steps_kept(folder) -> list[int]:
+    return [int(path.name[5:]) for path in sorted((folder / "toy/checkpoints").glob("step_*"))]
+
+
+@pytest.mark.parametrize("mode, best", [("max", 4), ("min", 2)])
+def test_the_best_is_kept_named_and_handed_over(tmp_path, mode, best):
+    objective, asked = selected(tmp_path, mode)
+    assert asked == [1, 2, 4, 6, 8, 10, 11]  # the first only asks what is measured; the last step counts too
+    assert steps_kept(tmp_path) == [best, 11]
+    note = json.loads((tmp_path / "toy/best.json").read_text())
+    assert note == {"metric": "eval/score", "mode": mode, "value": CURVE[best], "step": best,
+                    "checkpoint": f"checkpoints/step_{best:08d}"}  # fmt: skip
+    until, *_ = fitted(tmp_path / "short", steps=best)
+    assert objective.steps == best
+    assert all(torch.equal(a, b) for a, b in zip(objective.parameters(), until.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("die_at", [2, 4, 6, 8, 10, 11])
+def test_the_choice_survives_a_kill(tmp_path, die_at):
+    with pytest.raises(KeyboardInterrupt):
+        selected(tmp_path, die_at=die_at)
+    objective, _ = selected(tmp_path)
+    assert objective.steps == 4 and steps_kept(tmp_path) == [4, 11]
+    assert json.loads((tmp_path / "toy/best.json").read_text())["step"] == 4
+    objective, asked = selected(tmp_path)  # trained to the end, and not handed over
+    assert objective.steps == 4 and asked == []
+
+
+def test_what_cannot_be_selected_by_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"eval/scor is not measured; expected one of eval/score, eval/other; did you"):
+        selected(tmp_path / "a", metric="eval/scor")
+    with pytest.raises(InputError, match="eval/x is not measured while this stage trains"):
+        fitted(tmp_path / "b", eval_every=1, select={"metric": "eval/x", "mode": "max"})
+    with pytest.raises(RunError, match="eval/score was never a finite number"):
+        selected(tmp_path / "c", curve=dict.fromkeys(range(12), math.nan))
+    for wrong, says in [
+        ({"select": {"metric": "eval/x", "mode": "max"}}, "select needs eval_every"),
+        ({"select": {"metric": "train/loss", "mode": "min"}, "eval_every": 1}, "eval/"),
+        ({"select": {"metric": "eval/x", "mode": "best"}, "eval_every": 1}, "'min' or 'max'"),
+    ]:
+        with pytest.raises(InputError, match=says):
+            load(TrainConfig, {"batch": 1, "steps": 1, **wrong})
+
+
+def test_the_cadence_of_evaluation_is_science_only_where_it_chooses():
+    config = {"batch": 1, "steps": 1, "eval_every": 5}
+    assert "eval_every" not in science(load(TrainConfig, config))
+    select = {"metric": "eval/x", "mode": "max"}
+    assert science(load(TrainConfig, {**config, "select": select}))["eval_every"] == 5
