@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from fledge import checkpoint, distributed
 from fledge.config import Config, Duration, bookkeeping, hardware
 from fledge.errors import RunError
+from fledge.health import Nonfinite, NotFinite, Policy, Watchdog, same_everywhere
 from fledge.optim import Optim
 from fledge.stream import Batch, derive, rows_of, share
 
@@ -45,6 +46,9 @@ class TrainConfig(Config):
     """Optimiser steps, or e.g. "800 epochs"."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Autocast of the forward; parameters, losses and statistics stay in fp32."""
+    on_nonfinite: Policy = "stop"
+    """When a loss or the gradient is not finite, on any rank: stop; skip the step, ending after ten in a row; or roll
+    back to the newest checkpoint, once for each, and leave out the batches that led from there to here."""
     micro_batch: PositiveInt | None = hardware(None)
     """The most rows of one forward on one rank; None: all of them."""
     workers: int = hardware(0, ge=0)
@@ -62,6 +66,10 @@ class TrainConfig(Config):
     """Checkpoints that stay on disk."""
     eval_every: int = bookkeeping(0, ge=0)
     """Steps between evaluations while training; 0: none."""
+    watchdog: PositiveFloat | None = bookkeeping(None)
+    """Seconds after which a process in which no step, evaluation or save ends is ended itself; None: never."""
+    drift_every: int = bookkeeping(0, ge=0)
+    """Steps between comparisons of the ranks' parameters, which should be the same to the last bit; 0: none."""
 
 
 def autocast(precision: str) -> contextlib.AbstractContextManager:
@@ -110,7 +118,7 @@ def update(
         The means over the global batch, and the gradient norm before clipping, ().
 
     Raises:
-        RunError: a loss or the gradient is not finite. The parameters are as they were before the step.
+        NotFinite: a loss or the gradient is not finite. The parameters are as they were before the step.
     """
     optim.zero_grad()
     means = backward(model, micro_batches, step, seed=seed, precision=precision)
@@ -119,7 +127,7 @@ def update(
     bad = [name for name in objective.weights if not math.isfinite(means[name])]
     if bad or not math.isfinite(norm):
         what = f"{bad[0]} is {means[bad[0]].item()}" if bad else f"the gradient norm is {norm.item()}"
-        raise RunError(f"step {step}: {what}. Nothing was updated")
+        raise NotFinite(f"step {step}: {what}. Nothing was updated")
     optim.step()
     if hasattr(objective, "after_step"):
         with torch.no_grad():
@@ -141,7 +149,8 @@ def fit(
     """Train for ``steps`` optimiser steps, going on from the run's newest verified checkpoint.
 
     Raises:
-        RunError: a loss or the gradient is not finite.
+        RunError: a loss or the gradient is not finite, and ``on_nonfinite`` has no more to offer; the ranks' parameters
+            differ; or a checkpoint could not be written.
     """
     torch.use_deterministic_algorithms(config.deterministic)
     blocks = repeated_blocks(objective)
@@ -151,16 +160,21 @@ def fit(
         for block in blocks:
             block.compile()
     model = distributed.wrap(objective)
-    start = resume(objective, optim, stream, run)
+    odd = Nonfinite(config.on_nonfinite)
+    step = start = resume(objective, optim, stream, run, odd)
     model.train()  # transformers reads models in eval mode; an objective that wants no dropout overrides train()
     batches = load_ahead(stream, range(start, steps), config)
     warm = distributed.world_size() == 1
-    with run.progress(steps, start) as progress:
-        for step in range(start, steps):
+    with run.progress(steps, start) as progress, Watchdog(config.watchdog, run.dir / "logs") as watchdog:
+        while step < steps:
+            watchdog.beat(f"step {step}")
             began = time.perf_counter()
             stream.begin(step)
             batch, micro = next(batches)
             waited = time.perf_counter() - began
+            if step in odd.left_out:
+                batch = None
+                run.log(step, {"train/nonfinite": odd.total})
             if batch is not None:
                 batch = {name: tensor.to(distributed.device(), non_blocking=True) for name, tensor in batch.items()}
                 micro_batches = [rows_of(batch, piece) for piece in micro]
@@ -168,29 +182,64 @@ def fit(
                     warm = settle_buckets(model, micro_batches[-1], step, config.precision)
                 try:
                     means, norm = update(model, micro_batches, step, optim, seed=seed, precision=config.precision)
-                except RunError as error:
-                    raise RunError(explain(error, step, run)) from None
-                stream.observe(step, means)
-                values = scalars(means, unwrap(model).weights) | {"grad_norm": norm.item(), "lr": optim.lr(step)}
-                seconds = time.perf_counter() - began
-                if step % config.log_every == 0 or step == steps - 1:
-                    timing = {"time/step": seconds, "time/data": waited, "time/rows_per_second": stream.batch / seconds}
-                    run.log(step, {f"train/{name}": value for name, value in values.items()} | timing)
-                progress.update(values, rows=stream.batch)
+                except NotFinite as error:
+                    resumed = recover(error, step, odd, objective, optim, stream, run)
+                    if resumed <= step:
+                        step, batches = resumed, load_ahead(stream, range(resumed, steps), config)
+                        progress.step = resumed
+                        continue
+                    progress.update()
+                else:
+                    odd.in_a_row = 0
+                    stream.observe(step, means)
+                    values = scalars(means, unwrap(model).weights) | {"grad_norm": norm.item(), "lr": optim.lr(step)}
+                    seconds = time.perf_counter() - began
+                    if step % config.log_every == 0 or step == steps - 1:
+                        speed = stream.batch / seconds
+                        timing = {"time/step": seconds, "time/data": waited, "time/rows_per_second": speed}
+                        run.log(step, {f"train/{name}": value for name, value in values.items()} | timing)
+                    progress.update(values, rows=stream.batch)
             else:
                 progress.update()
-            if evaluate and config.eval_every and (step + 1) % config.eval_every == 0:
-                run.log(step, {f"eval/{name}": value for name, value in evaluate(step).items()})
+            step += 1
+            if config.drift_every and step % config.drift_every == 0:
+                same_everywhere(checkpoint.module_tensors(objective), step - 1)
+            if evaluate and config.eval_every and step % config.eval_every == 0:
+                watchdog.beat(f"the evaluation after step {step - 1}")
+                run.log(step - 1, {f"eval/{name}": value for name, value in evaluate(step - 1).items()})
                 model.train()
-            if (step + 1) % config.save_every == 0 or step + 1 == steps:
-                save(objective, optim, stream, run, step + 1, config.keep)
+            if step % config.save_every == 0 or step == steps:
+                watchdog.beat(f"the save after step {step - 1}")
+                save(objective, optim, stream, run, step, config.keep, odd)
 
 
-def explain(error: RunError, step: int, run: "Run") -> str:
+def recover(
+    error: NotFinite, step: int, odd: Nonfinite, objective: nn.Module, optim: Optim, stream: Any, run: "Run"
+) -> int:
+    """Do what ``on_nonfinite`` says about a step that was not finite; returns the step to go on with.
+
+    Raises:
+        RunError: nothing is left to do about it.
+    """
+    try:
+        odd.met()
+        if odd.policy == "skip":
+            run.log(step, {"train/nonfinite": odd.total})
+            run.say(f"{error}; it is skipped ({odd.total} so far)")
+            return step + 1
+        found = checkpoint.newest(run.dir / "checkpoints")
+        odd.back(found.step if found else None, step)
+    except RunError as reason:
+        raise RunError(explain(error, reason, run)) from None
+    run.say(f"{error}; back to the last checkpoint, and on without the batches of steps {odd.left_out[0]} to {step}")
+    return resume(objective, optim, stream, run)
+
+
+def explain(error: NotFinite, reason: RunError, run: "Run") -> str:
     kept = run.dir / "checkpoints"
     return (
-        f"{run.name}: {error}. The last checkpoints are kept in {kept}. A lower optim.lr, a longer optim.warmup, "
-        "optim.clip or precision: fp32 usually helps; a changed value starts a new run beside this one"
+        f"{run.name}: {error}; {reason}. The last checkpoints are kept in {kept}. A lower optim.lr, a longer "
+        "optim.warmup, optim.clip or precision: fp32 usually helps; a changed value starts a new run beside this one"
     )
 
 
@@ -203,19 +252,22 @@ def scalars(means: Means, weights: dict[str, float]) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------- resume
 
 
-def save(objective: nn.Module, optim: Optim, stream: Any, run: "Run", step: int, keep: int) -> None:
-    """Save everything that step ``step`` depends on: parameters, buffers, optimiser, and the stream's own state."""
+def save(objective: nn.Module, optim: Optim, stream: Any, run: "Run", step: int, keep: int, odd: Nonfinite) -> None:
+    """Save all that step ``step`` depends on: parameters, buffers, optimiser, the stream's own state, what was odd."""
     tensors, state = stream.state()
     parts = {
         "model": checkpoint.module_tensors(objective),
         "optim": checkpoint.optimizer_tensors(optim.optimizer, objective),
         "stream": tensors,
     }
-    checkpoint.save(run.dir / "checkpoints", step, parts, {"stream": state}, keep)
+    checkpoint.save(run.dir / "checkpoints", step, parts, {"stream": state, "nonfinite": odd.state()}, keep)
 
 
-def resume(objective: nn.Module, optim: Optim, stream: Any, run: "Run") -> int:
-    """Load the newest verified checkpoint, if there is one, and return the step to go on with."""
+def resume(objective: nn.Module, optim: Optim, stream: Any, run: "Run", odd: Nonfinite | None = None) -> int:
+    """Load the newest verified checkpoint, if there is one, and return the step to go on with.
+
+    A run that rolls back keeps its own ``odd``, which knows why.
+    """
     found = checkpoint.newest(run.dir / "checkpoints")
     if found is None:
         run.truncate(0)
@@ -223,6 +275,8 @@ def resume(objective: nn.Module, optim: Optim, stream: Any, run: "Run") -> int:
     checkpoint.load_module(objective, found.tensors("model"))
     checkpoint.load_optimizer(optim.optimizer, objective, found.tensors("optim"))
     stream.load(found.tensors("stream"), found.state["stream"])
+    if odd is not None:
+        odd.load(found.state["nonfinite"])
     run.truncate(found.step)
     run.say(f"resumed at step {found.step} from {found.path}")
     return found.step
