@@ -12,6 +12,7 @@ import builtins
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from fledge import files
-from fledge.errors import InputError
+from fledge.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -213,6 +216,7 @@ def write(
 
     Raises:
         InputError: `path` holds something that is not an artifact; it is left alone.
+        RunError: the disk does not take it; an artifact that was there before is still there.
     """
     from fledge.config import parse
 
@@ -240,21 +244,28 @@ def write(
         "versions": _versions(),
     }
     manifest = _plain(manifest)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.sweep(path.parent, path.name)
-    folder = files.aside(path, "tmp")
+    folder, older = files.aside(path, "tmp"), files.aside(path, "del")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.sweep(path.parent, path.name)
         folder.mkdir()
         save(folder)
         _refuse_pickles(folder)
         (folder / "README.md").write_text(_card(manifest, folder), encoding="utf-8")
         (folder / "config.yaml").write_text(config, encoding="utf-8")
         manifest = files.write_manifest(folder, manifest)
-        older = files.aside(path, "del")
         if path.exists():
             files.move(path, older)
         files.move(folder, path)
         shutil.rmtree(older, ignore_errors=True)
+    except (OSError, SafetensorError) as reason:
+        if older.exists() and not path.exists():
+            os.rename(older, path)
+        shutil.rmtree(folder, ignore_errors=True)
+        raise RunError(
+            f"artifact {path} could not be written: {reason}. The run's checkpoints are untouched; make room or give "
+            "write access and start the run again: only this is left to do"
+        ) from reason
     except BaseException:  # also when the user interrupts
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -61,6 +61,9 @@ def save(
 
     `tensors` has one group a file. A step that is already there and verifies stays as it is: a run is a pure function
     of its config, so that both are the same, and there is no moment at which neither exists.
+
+    Raises:
+        RunError: the disk does not take it, on every rank. The older checkpoints are untouched.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
@@ -81,14 +84,22 @@ def save(
 
 
 def newest(root: Path) -> Checkpoint | None:
-    """The newest verified checkpoint under `root`, or None. A broken one is renamed `.bad-…`, with a warning."""
+    """The newest verified checkpoint under `root`, or None. A broken one is renamed `.bad-…`, with a warning.
+
+    Raises:
+        InputError: a checkpoint has another format.
+        RunError: the folder cannot be read, or a broken checkpoint not be set aside.
+    """
     root = Path(root)
 
     def find() -> int | None:
         if not root.is_dir():
             return None
-        files.sweep(root)
-        return next((step for step in reversed(_steps(root)) if _verified(root, step)), None)
+        try:
+            files.sweep(root)
+            return next((step for step in reversed(_steps(root)) if _verified(root, step)), None)
+        except OSError as reason:
+            raise RunError(f"the checkpoints in {root} cannot be read or set aside: {reason}") from reason
 
     step = distributed.on_main(find)
     if step is None:

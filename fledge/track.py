@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from fledge.config import Config, bookkeeping, data_sections, dump, science
-from fledge.errors import InputError
+from fledge.errors import InputError, RunError
 from fledge.redact import redact
 
 if TYPE_CHECKING:
@@ -541,17 +541,27 @@ class Run:
     # -- numbers
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append the numbers of `step`. The line is in the file when this returns."""
+        """Append the numbers of `step`. The line is in the file when this returns.
+
+        Raises:
+            RunError: the disk does not take it.
+        """
         if not self.main:
             return
         if self._file is None:
             raise ValueError(f"run {self.name} is closed")
-        self._file.write(encode(step, values) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(encode(step, values) + "\n")
+            self._file.flush()
+            if time.time() - self._status["updated"] > 5:
+                self._note(step=int(step))
+        except OSError as reason:
+            raise RunError(
+                f"the numbers of step {step} could not be written to {self.dir}: {reason}. The checkpoints are kept; "
+                "make room or give write access and start the run again: it goes on from the last one"
+            ) from reason
         if self._wandb is not None:
             self._wandb.send(step, values)
-        if time.time() - self._status["updated"] > 5:
-            self._note(step=int(step))
 
     def truncate(self, step: int) -> None:
         """The run goes on at `step`: what was logged from there on happens again, so it is dropped."""
@@ -689,7 +699,11 @@ class Run:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self.close("failed" if isinstance(error, Exception) else "stopped")
+        try:
+            self.close("failed" if isinstance(error, Exception) else "stopped")
+        except OSError:
+            if error is None:
+                raise  # else a full disk, of which the error that ended the run has more to say
 
 
 def sentence(score: Score) -> str:

@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from fledge import checkpoint, distributed
 from fledge.config import Config, Duration, bookkeeping, hardware, nearest
 from fledge.errors import InputError, RunError
+from fledge.health import Nonfinite, NotFinite, Policy, Watchdog, same_everywhere
 from fledge.optim import Optim
 from fledge.stream import Batch, derive, rows_of, share
 
@@ -58,6 +59,9 @@ class TrainConfig(Config):
     """Autocast of the forward; parameters, losses and statistics stay in fp32."""
     select: Select | None = None
     """Hand over the best checkpoint by a metric; None: the last step."""
+    on_nonfinite: Policy = "stop"
+    """When a loss or the gradient is not finite, on any rank: stop; skip the step, ending after ten in a row; or roll
+    back to the newest checkpoint, once for each, and leave out the batches that led from there to here."""
     micro_batch: PositiveInt | None = hardware(None)
     """The most rows of one forward on one rank; None: all of them."""
     workers: int = hardware(0, ge=0)
@@ -75,6 +79,10 @@ class TrainConfig(Config):
     """Checkpoints that stay on disk."""
     eval_every: int = bookkeeping(0, ge=0)
     """Steps between evaluations while training; 0: none."""
+    watchdog: PositiveFloat | None = bookkeeping(None)
+    """Seconds after which a process in which no step, evaluation or save ends is ended itself; None: never."""
+    drift_every: int = bookkeeping(0, ge=0)
+    """Steps between comparisons of the ranks' parameters, which should be the same to the last bit; 0: none."""
 
     @model_validator(mode="after")
     def _something_to_select_by(self) -> "TrainConfig":
@@ -133,7 +141,7 @@ def update(
         The means over the global batch, and the gradient norm before clipping, ().
 
     Raises:
-        RunError: a loss or the gradient is not finite. The parameters are as they were before the step.
+        NotFinite: a loss or the gradient is not finite. The parameters are as they were before the step.
     """
     optim.zero_grad()
     means = backward(model, micro_batches, step, seed=seed, precision=precision)
@@ -142,7 +150,7 @@ def update(
     bad = [name for name in objective.weights if not math.isfinite(means[name])]
     if bad or not math.isfinite(norm):
         what = f"{bad[0]} is {means[bad[0]].item()}" if bad else f"the gradient norm is {norm.item()}"
-        raise RunError(f"step {step}: {what}. Nothing was updated")
+        raise NotFinite(f"step {step}: {what}. Nothing was updated")
     optim.step()
     if hasattr(objective, "after_step"):
         with torch.no_grad():
@@ -168,7 +176,8 @@ def fit(
 
     Raises:
         InputError: ``select`` names what is not measured.
-        RunError: a loss or the gradient is not finite; out of memory.
+        RunError: a loss or the gradient is not finite, and ``on_nonfinite`` has no more to offer; out of memory; the
+            ranks' parameters differ; or a checkpoint could not be written.
     """
     torch.use_deterministic_algorithms(config.deterministic)
     blocks = repeated_blocks(objective)
@@ -181,18 +190,24 @@ def fit(
     if run.export is not None:
         take(objective, run.export.checkpoint, steps, "exported", run)
         return
-    start, best = resume(objective, optim, stream, run)
+    odd = Nonfinite(config.on_nonfinite)
+    start, best = resume(objective, optim, stream, run, odd)
     if config.select is not None:
         check_select(config.select, evaluate, start)
+    step = start
     model.train()  # transformers reads models in eval mode; an objective that wants no dropout overrides train()
     batches = load_ahead(stream, range(start, steps), config)
     warm = distributed.world_size() == 1
-    with run.progress(steps, start) as progress:
-        for step in range(start, steps):
+    with run.progress(steps, start) as progress, Watchdog(config.watchdog, run.dir / "logs") as watchdog:
+        while step < steps:
+            watchdog.beat(f"step {step}")
             began = time.perf_counter()
             stream.begin(step)
             batch, micro = next(batches)
             waited = time.perf_counter() - began
+            if step in odd.left_out:
+                batch = None
+                run.log(step, {"train/nonfinite": odd.total})
             if batch is not None:
                 batch = {name: tensor.to(distributed.device(), non_blocking=True) for name, tensor in batch.items()}
                 micro_batches = [rows_of(batch, piece) for piece in micro]
@@ -200,27 +215,40 @@ def fit(
                     if not warm:
                         warm = settle_buckets(model, micro_batches[-1], step, config.precision)
                     means, norm = update(model, micro_batches, step, optim, seed=seed, precision=config.precision)
-                except RunError as error:
-                    raise RunError(explain(error, step, run)) from None
                 except torch.OutOfMemoryError as error:
                     raise RunError(out_of_memory(error, step, micro, config, run)) from None
-                stream.observe(step, means)
-                values = scalars(means, unwrap(model).weights) | {"grad_norm": norm.item(), "lr": optim.lr(step)}
-                seconds = time.perf_counter() - began
-                if step % config.log_every == 0 or step == steps - 1:
-                    timing = {"time/step": seconds, "time/data": waited, "time/rows_per_second": stream.batch / seconds}
-                    run.log(step, {f"train/{name}": value for name, value in values.items()} | timing)
-                progress.update(values, rows=stream.batch)
+                except NotFinite as error:
+                    resumed, best = recover(error, step, odd, best, objective, optim, stream, run)
+                    if resumed <= step:
+                        step, batches = resumed, load_ahead(stream, range(resumed, steps), config)
+                        progress.step = resumed
+                        continue
+                    progress.update()
+                else:
+                    odd.in_a_row = 0
+                    stream.observe(step, means)
+                    values = scalars(means, unwrap(model).weights) | {"grad_norm": norm.item(), "lr": optim.lr(step)}
+                    seconds = time.perf_counter() - began
+                    if step % config.log_every == 0 or step == steps - 1:
+                        speed = stream.batch / seconds
+                        timing = {"time/step": seconds, "time/data": waited, "time/rows_per_second": speed}
+                        run.log(step, {f"train/{name}": value for name, value in values.items()} | timing)
+                    progress.update(values, rows=stream.batch)
             else:
                 progress.update()
-            last, found = step + 1 == steps, best
-            if evaluate and config.eval_every and ((step + 1) % config.eval_every == 0 or last and config.select):
-                measured = {f"eval/{name}": value for name, value in evaluate(step).items()}
-                run.log(step, measured)
+            step += 1
+            last, best_before = step == steps, best
+            if config.drift_every and step % config.drift_every == 0:
+                same_everywhere(checkpoint.module_tensors(objective), step - 1)
+            if evaluate and config.eval_every and (step % config.eval_every == 0 or last and config.select):
+                watchdog.beat(f"the evaluation after step {step - 1}")
+                measured = {f"eval/{name}": value for name, value in evaluate(step - 1).items()}
+                run.log(step - 1, measured)
                 model.train()
-                best = better(config.select, best, step + 1, measured)
-            if (step + 1) % config.save_every == 0 or last or best is not found:
-                save(objective, optim, stream, run, step + 1, config.keep, best)
+                best = better(config.select, best, step, measured)
+            if last or step % config.save_every == 0 or best is not best_before:
+                watchdog.beat(f"the save after step {step - 1}")
+                save(objective, optim, stream, run, step, config.keep, odd, best)
     if config.select is not None:
         if best is None:
             raise RunError(f"{run.name}: {config.select.metric} was never a finite number: no checkpoint is the best")
@@ -228,11 +256,40 @@ def fit(
         take(objective, chosen, steps, f"the best by {config.select.metric}, {best['value']:.6g}", run)
 
 
-def explain(error: RunError, step: int, run: "Run") -> str:
+def recover(
+    error: NotFinite,
+    step: int,
+    odd: Nonfinite,
+    best: Best | None,
+    objective: nn.Module,
+    optim: Optim,
+    stream: Any,
+    run: "Run",
+) -> tuple[int, Best | None]:
+    """Do what ``on_nonfinite`` says about a step that was not finite; returns the step to go on with, and the best one.
+
+    Raises:
+        RunError: nothing is left to do about it.
+    """
+    try:
+        odd.met()
+        if odd.policy == "skip":
+            run.log(step, {"train/nonfinite": odd.total})
+            run.say(f"{error}; it is skipped ({odd.total} so far)")
+            return step + 1, best
+        found = checkpoint.newest(run.dir / "checkpoints")
+        odd.back(found.step if found else None, step)
+    except RunError as reason:
+        raise RunError(explain(error, reason, run)) from None
+    run.say(f"{error}; back to the last checkpoint, and on without the batches of steps {odd.left_out[0]} to {step}")
+    return resume(objective, optim, stream, run)
+
+
+def explain(error: NotFinite, reason: RunError, run: "Run") -> str:
     kept = run.dir / "checkpoints"
     return (
-        f"{run.name}: {error}. The last checkpoints are kept in {kept}. A lower optim.lr, a longer optim.warmup, "
-        "optim.clip or precision: fp32 usually helps; a changed value starts a new run beside this one"
+        f"{run.name}: {error}; {reason}. The last checkpoints are kept in {kept}. A lower optim.lr, a longer "
+        "optim.warmup, optim.clip or precision: fp32 usually helps; a changed value starts a new run beside this one"
     )
 
 
@@ -260,23 +317,35 @@ def scalars(means: Means, weights: dict[str, float]) -> dict[str, float]:
 
 
 def save(
-    objective: nn.Module, optim: Optim, stream: Any, run: "Run", step: int, keep: int, best: Best | None = None
+    objective: nn.Module,
+    optim: Optim,
+    stream: Any,
+    run: "Run",
+    step: int,
+    keep: int,
+    odd: Nonfinite,
+    best: Best | None = None,
 ) -> None:
-    """Save everything that step ``step`` depends on: parameters, buffers, optimiser, the stream's own state, and which
-    checkpoint was the best so far. That one is not pruned."""
+    """Save all that step ``step`` depends on: parameters, buffers, optimiser, the stream's own state, which steps were
+    not finite, and which checkpoint was the best so far. That one is not pruned."""
     tensors, state = stream.state()
     parts = {
         "model": checkpoint.module_tensors(objective),
         "optim": checkpoint.optimizer_tensors(optim.optimizer, objective),
         "stream": tensors,
     }
-    states = {"stream": state} | ({"best": best} if best else {})
+    states = {"stream": state, "nonfinite": odd.state()} | ({"best": best} if best else {})
     checkpoint.save(run.dir / "checkpoints", step, parts, states, keep, best["step"] if best else None)
     run.note_best(best)
 
 
-def resume(objective: nn.Module, optim: Optim, stream: Any, run: "Run") -> tuple[int, Best | None]:
-    """Load the newest verified checkpoint, if there is one; the step to go on with, and the best one until there."""
+def resume(
+    objective: nn.Module, optim: Optim, stream: Any, run: "Run", odd: Nonfinite | None = None
+) -> tuple[int, Best | None]:
+    """Load the newest verified checkpoint, if there is one; the step to go on with, and the best one until there.
+
+    A run that rolls back keeps its own ``odd``, which knows why.
+    """
     found = checkpoint.newest(run.dir / "checkpoints")
     if found is None:
         run.truncate(0)
@@ -285,6 +354,8 @@ def resume(objective: nn.Module, optim: Optim, stream: Any, run: "Run") -> tuple
     checkpoint.load_module(objective, found.tensors("model"))
     checkpoint.load_optimizer(optim.optimizer, objective, found.tensors("optim"))
     stream.load(found.tensors("stream"), found.state["stream"])
+    if odd is not None:
+        odd.load(found.state["nonfinite"])
     run.truncate(found.step)
     run.say(f"resumed at step {found.step} from {found.path}")
     best = found.state.get("best")
