@@ -24,9 +24,9 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from fledge import checkpoint, distributed
+from fledge import checkpoint, distributed, preempt
 from fledge.config import Config, Duration, bookkeeping, hardware
-from fledge.errors import RunError
+from fledge.errors import Preempted, RunError
 from fledge.optim import Optim
 from fledge.stream import Batch, derive, rows_of, share
 
@@ -127,6 +127,7 @@ def update(
     return means, norm
 
 
+@preempt.held()  # a signal waits for a step boundary
 def fit(
     objective: nn.Module,
     stream: Any,
@@ -142,6 +143,7 @@ def fit(
 
     Raises:
         RunError: a loss or the gradient is not finite.
+        Preempted: a signal asked some rank to stop; the step that was under way is done and saved.
     """
     torch.use_deterministic_algorithms(config.deterministic)
     blocks = repeated_blocks(objective)
@@ -182,8 +184,11 @@ def fit(
             if evaluate and config.eval_every and (step + 1) % config.eval_every == 0:
                 run.log(step, {f"eval/{name}": value for name, value in evaluate(step).items()})
                 model.train()
-            if (step + 1) % config.save_every == 0 or step + 1 == steps:
+            stopping = distributed.any_rank(preempt.asked() is not None)
+            if stopping or (step + 1) % config.save_every == 0 or step + 1 == steps:
                 save(objective, optim, stream, run, step + 1, config.keep)
+            if stopping:
+                raise Preempted(f"{run.name}: stopped by {preempt.asked() or 'another rank'}, saved at step {step + 1}")
 
 
 def explain(error: RunError, step: int, run: "Run") -> str:
