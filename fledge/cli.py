@@ -17,7 +17,7 @@ from fledge.errors import InputError, Preempted, RunError
 
 KINDS = "vision-encoder, text-encoder, causal-lm, image-classifier, dual-encoder, chat-model, reward-model"
 OVERRIDES = "name.section.key=value (of one stage's file: section.key=value); the value is YAML"
-RESTARTS = "start again after a failure, but not after N in a row without a newer checkpoint; default 0: never"
+RESTARTS = "start again after failures, N times in a row without a newer checkpoint; default 0: never"
 
 
 def parser() -> argparse.ArgumentParser:
