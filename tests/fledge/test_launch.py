@@ -52,12 +52,12 @@ def truth(folder, forks):
     return run
 
 
-def fledge(*argv, **env):
+def fledge(*argv, cwd=None, **env):
     """The command as a process of its own."""
     quiet = environment(GLOO_SOCKET_IFNAME="lo", **env)
     return subprocess.Popen(
         [sys.executable, "-m", "fledge.cli", *map(str, argv)],
-        env=quiet, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=quiet, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -297,19 +297,19 @@ if os.environ.get("RANK") == "1" and os.environ["FLEDGE_LOGS"].endswith("attempt
 
 
 def test_launch_is_stopped_and_goes_on(folder, truth, tmp_path):
-    command = ["launch", folder / "mae.yaml", "--procs", "2", "--out", tmp_path]
-    run = tmp_path / "mae"
+    command = ["launch", folder / "mae.yaml", "--procs", "2", "--out", "runs"]
+    run = tmp_path / "runs" / "mae"
     (tmp_path / "sitecustomize.py").write_text(BREAK.format(when="step > 4", act="time.sleep(0.2)"))
-    process = fledge(*command, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    process = fledge(*command, cwd=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     while logged(run) < 5 and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGUSR2)
     said, _ = ended(process, 75)
     assert "stopped by SIGUSR2, saved at step" in said
-    ended(fledge(*command))
+    ended(fledge(*command, cwd=tmp_path))
     assert_same_run(run, truth(2))
     attempts = json.loads((run / "environment.json").read_text())["attempts"]
-    assert [attempt["logs"] for attempt in attempts] == [str(tmp_path / f"logs/mae/attempt-{k}") for k in (1, 2)]
+    assert [attempt["logs"] for attempt in attempts] == [str(tmp_path / f"runs/logs/mae/attempt-{k}") for k in (1, 2)]
     assert all(attempt["world_size"] == 2 and sum(attempt["hosts"].values(), []) == [0, 1] for attempt in attempts)
     notes = [launch.records(Path(attempt["logs"])) for attempt in attempts]
     assert [[note["code"] for note in ranks] for ranks in notes] == [[75, 75], [0, 0]]
@@ -324,22 +324,22 @@ def test_launch_is_stopped_and_goes_on(folder, truth, tmp_path):
 )
 def test_a_rank_fails_and_the_run_goes_on(folder, truth, tmp_path, act, says):
     (tmp_path / "sitecustomize.py").write_text(BREAK.format(when="step == 13", act=act))
-    command = ["launch", folder / "mae.yaml", "--procs", "2", "--out", tmp_path, "--max-restarts", "1"]
-    process = fledge(*command, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}", A_TOKEN="canary-canary")
+    command = ["launch", folder / "mae.yaml", "--procs", "2", "--out", "runs", "--max-restarts", "1"]
+    process = fledge(*command, cwd=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}", A_TOKEN="canary-canary")
     said, complained = ended(process)
     assert complained.startswith("launch: rank 1 of 2 failed first: ") and all(text in complained for text in says)
     assert "launch: restart 1\n" in said and "resumed at step 8" in said
-    assert_same_run(tmp_path / "mae", truth(2))
+    assert_same_run(tmp_path / "runs" / "mae", truth(2))
     texts = [path.read_text() for path in tmp_path.rglob("*") if path.suffix in (".json", ".log", ".yaml", ".html")]
     assert texts and not any("canary" in text for text in texts)
 
 
 def test_two_nodes_on_loopback_are_the_same_run(folder, truth, tmp_path):
-    meet = ["--procs", "1", "--nodes", "2", "--rdzv", f"127.0.0.1:{free_port()}", "--out", tmp_path]
-    nodes = [fledge("launch", folder / "mae.yaml", *meet, "--node-rank", str(rank)) for rank in (0, 1)]
+    meet = ["--procs", "1", "--nodes", "2", "--rdzv", f"127.0.0.1:{free_port()}", "--out", "runs"]
+    nodes = [fledge("launch", folder / "mae.yaml", *meet, "--node-rank", str(rank), cwd=tmp_path) for rank in (0, 1)]
     for node in nodes:
         ended(node)
-    assert_same_run(tmp_path / "mae", truth(2))
+    assert_same_run(tmp_path / "runs" / "mae", truth(2))
 
 
 def test_a_machine_that_is_alone_says_where_it_waited(folder, tmp_path):
