@@ -1,20 +1,24 @@
 """The command line. Everything heavy is imported where it is used, so that help and config errors answer at once.
 
-Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted.
+Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 75 stopped by SIGTERM or SIGUSR2 and ready to go on,
+130 interrupted.
 """
 
 import argparse
+import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fledge import __version__
-from fledge.errors import InputError, RunError
+from fledge import __version__, launch, preempt
+from fledge.errors import InputError, Preempted, RunError
 from fledge.redact import redact
 
 KINDS = "vision-encoder, text-encoder, causal-lm, image-classifier, dual-encoder, chat-model, reward-model"
 OVERRIDES = "name.section.key=value (of one stage's file: section.key=value); the value is YAML"
+RESTARTS = "start again after failures, N times in a row without a newer checkpoint; default 0: never"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,6 +34,20 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--only", metavar="STAGE", help="run just this stage of a recipe")
     run.add_argument("--fresh", action="store_true", help="run anew; earlier runs are moved aside, never deleted")
     run.set_defaults(work=_run)
+
+    start = commands.add_parser("launch", help="run on several processes or machines, here or by SLURM")
+    _add_file(start)
+    start.add_argument("--gpus", type=_positive, metavar="N", help="processes on each machine, each with a GPU")
+    start.add_argument("--procs", type=_positive, metavar="N", help="processes on each machine; default its GPUs, or 1")
+    start.add_argument("--nodes", type=_positive, default=1, metavar="M", help="machines; start it on each of them")
+    start.add_argument("--node-rank", type=int, metavar="R", help="this machine, from 0; default $SLURM_NODEID")
+    start.add_argument("--rdzv", metavar="HOST:PORT", help="where the machines meet: on the first of them")
+    start.add_argument("--rdzv-timeout", type=_positive, default=300, metavar="SECONDS", help="default 300")
+    start.add_argument("--max-restarts", type=_natural, default=0, metavar="N", help=RESTARTS)
+    start.add_argument("--slurm", action="store_true", help="write a batch file and give it to sbatch")
+    start.add_argument("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="a further #SBATCH option")
+    start.add_argument("--dry-run", action="store_true", help="print the command or the batch file; start nothing")
+    start.set_defaults(work=launch.main)
 
     plan = commands.add_parser("plan", help="say for each stage whether it would run, resume or be reused, and why")
     _add_file(plan)
@@ -67,6 +85,13 @@ def _add_file(command: argparse.ArgumentParser) -> None:
     command.add_argument("file", metavar="FILE", help="a recipe or a stage's YAML, or a shipped recipe's name (demo)")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     command.add_argument("--out", metavar="DIR", help="folder of runs; default runs/RECIPE, of one stage runs")
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
 
 
 def _positive(text: str) -> int:
@@ -132,7 +157,9 @@ def artifact_folder(folder: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `fledge`."""
     args = _parse(parser(), argv)
-    return guarded(lambda: args.work(args), resumable=args.command == "run")
+    work = functools.partial(guarded, lambda: args.work(args), resumable=args.command == "run")
+    is_rank = args.command == "run" and launch.LOGS_VARIABLE in os.environ
+    return launch.as_rank(work) if is_rank else work()
 
 
 def _parse(top: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -164,22 +191,32 @@ def stage_main(config: type, main: Callable[[Any], Any], argv: Sequence[str] | N
     return guarded(work, resumable=True)
 
 
-def guarded(work: Callable[[], None], resumable: bool) -> int:
+def guarded(work: Callable[[], int | None], resumable: bool) -> int:
     """Run `work`; an exit code, and for what the user or the run did wrong a message without a traceback."""
     try:
-        work()
+        with preempt.listening() if resumable else contextlib.nullcontext():
+            code = work()
         sys.stdout.flush()
     except InputError as error:
         return _complain(str(error), 2)
     except RunError as error:
         return _complain(str(error), 1)
+    except Preempted as stop:
+        return _complain(f"{stop}; the same command goes on where it was", Preempted.CODE)
+    except RuntimeError as error:
+        if not (resumable and preempt.asked()):
+            raise
+        reason = (str(error).splitlines() or [""])[0]  # the ranks that were asked first have left, and others notice
+        return _complain(
+            f"stopped by {preempt.asked()} ({reason}); the same command goes on where it was", Preempted.CODE
+        )
     except KeyboardInterrupt:
         _complain("interrupted" + ("; the same command goes on where it was" if resumable else ""), 130)
         return 130
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    return 0
+    return code or 0
 
 
 def _complain(message: str, code: int) -> int:
@@ -189,7 +226,7 @@ def _complain(message: str, code: int) -> int:
     joined = group is not None and group.is_available() and group.is_initialized()
     if rank == "0":
         print(f"fledge: {message}", file=sys.stderr, flush=True)
-    elif joined:  # before that, every process finds the same fault, and rank 0 says it
+    elif joined or launch.LOGS_VARIABLE in os.environ:  # else every process finds the same fault, and rank 0 says it
         print(f"fledge (rank {rank}): {message}", file=sys.stderr, flush=True)
     return code
 

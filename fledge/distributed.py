@@ -7,6 +7,7 @@ on one process without a word.
 
 import atexit
 import os
+import socket
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
+WORLD_VARIABLE = "FLEDGE_WORLD_SIZE"  # the number of processes that `fledge launch` was asked for
 _accelerator: "Accelerator | None" = None
 
 
@@ -27,7 +29,8 @@ def setup(device: str = "auto") -> torch.device:
     """Start the process group (if launched with one) on ``auto|cuda|mps|cpu`` and return this rank's device.
 
     Raises:
-        InputError: the device does not exist here, or another one is in use by this process already.
+        InputError: the device does not exist here, or another one is in use by this process already; or fewer or more
+            processes joined than were asked for (`fledge launch` asks by FLEDGE_WORLD_SIZE).
     """
     global _accelerator
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -49,7 +52,7 @@ def setup(device: str = "auto") -> torch.device:
         # Buffers are functions of globally reduced means, hence equal on every rank: nothing to broadcast.
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
         _accelerator = Accelerator(cpu=wanted == "cpu", mixed_precision="no", kwargs_handlers=[ddp])
-        asked = int(environ.get("WORLD_SIZE", 1))
+        asked = int(environ.get(WORLD_VARIABLE) or environ.get("WORLD_SIZE", 1))
         if _accelerator.num_processes != asked:
             raise InputError(
                 f"launched for {asked} processes, but {_accelerator.num_processes} joined; "
@@ -143,6 +146,19 @@ def all_reduce_counts(counts: dict[str, int]) -> dict[str, int]:
     flat = torch.tensor([counts[n] for n in names], dtype=torch.int64, device=device())
     dist.all_reduce(flat)
     return dict(zip(names, flat.tolist(), strict=True))
+
+
+def topology() -> dict[str, Any]:
+    """How many ranks there are, and which of them run on which host; every rank calls this."""
+    hosts: dict[str, list[int]] = {}
+    for i, host in enumerate(gather_objects(socket.gethostname())):
+        hosts.setdefault(host, []).append(i)
+    return {"world_size": world_size(), "hosts": hosts}
+
+
+def any_rank(flag: bool) -> bool:
+    """Is it so on some rank?"""
+    return all_reduce_counts({"flag": int(flag)})["flag"] > 0
 
 
 def gather_objects(value: Any) -> list[Any]:

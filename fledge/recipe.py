@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fledge import config as configs
+from fledge import preempt
 from fledge.config import Config, StageConfig, Tree, dotted
 from fledge.errors import InputError
 
@@ -533,6 +534,7 @@ def run(
     check(stages)
     artifacts: dict[str, Artifact] = {}
     for number, stage in enumerate(stages, 1):
+        preempt.leave_if_asked()
         say(f"── {stage.name}  ({stage.config.stage}, {number} of {len(stages)}) " + "─" * 20)
         artifacts[stage.name] = run_stage(stage.config, stage.module.main, fresh)
         gc.collect()  # a stage's model and batches are gone before the next one allocates

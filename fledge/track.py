@@ -477,10 +477,12 @@ class Run:
 
         track: TrackConfig | None = getattr(config, "track", None)
         mode = wandb_mode(track.wandb) if track is not None else "off"
-        distributed.on_main(lambda: run._start(mode))  # nobody looks for checkpoints before it is settled whose
+        topology = distributed.topology()
+        # Nobody looks for checkpoints before it is settled whose they are.
+        distributed.on_main(lambda: run._start(mode, topology))
         return run
 
-    def _start(self, mode: str) -> None:
+    def _start(self, mode: str, topology: dict[str, Any]) -> None:
         me = json.loads(json.dumps(identity(self.config, {role: p.digest for role, p in self.parents.items()})))
         try:
             old = read_identity(self.dir)
@@ -491,7 +493,7 @@ class Run:
             write_atomic(self.dir / "config.yaml", dump(self.config))
         except OSError as error:
             raise InputError(f"out: cannot write to {self.dir}: {error.strerror}; choose another folder") from error
-        self._attempt()
+        self._attempt(topology)
         _, whole = _records(self.dir / "metrics.jsonl")
         self._open_metrics(whole)
         track = getattr(self.config, "track", None)
@@ -499,11 +501,15 @@ class Run:
             self._wandb = Wandb(self.dir, track, self.name, self.say)
             self._wandb.start(mode, self.config.model_dump(mode="json"))
 
-    def _attempt(self) -> None:
-        """Note in environment.json and status.json that somebody started to work here, with what and when."""
+    def _attempt(self, topology: dict[str, Any]) -> None:
+        """Note in environment.json and status.json that somebody started to work here, with what, where and when."""
+        from fledge.launch import LOGS_VARIABLE
+
         now = time.time()
         attempts = read_json(self.dir / "environment.json", {"attempts": []})["attempts"]
-        here: dict[str, Any] = {"started": now, **environment()}
+        here: dict[str, Any] = {"started": now, **environment(), **topology}
+        if logs := os.environ.get(LOGS_VARIABLE):  # of the ranks
+            here["logs"] = logs
         here["bitwise"] = all(attempt.get("bitwise", True) for attempt in attempts)
         trained = attempts and any(self.dir.glob("checkpoints/step_*"))  # else there is nothing to go on from
         if trained and (others := changed_versions(attempts[-1], here)):

@@ -24,9 +24,9 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from fledge import checkpoint, distributed
+from fledge import checkpoint, distributed, preempt
 from fledge.config import Config, Duration, bookkeeping, hardware, nearest
-from fledge.errors import InputError, RunError
+from fledge.errors import InputError, Preempted, RunError
 from fledge.health import Nonfinite, NotFinite, Policy, Watchdog, same_everywhere
 from fledge.optim import Optim
 from fledge.stream import Batch, derive, rows_of, share
@@ -158,6 +158,7 @@ def update(
     return means, norm
 
 
+@preempt.held()  # a signal waits for a step boundary
 def fit(
     objective: nn.Module,
     stream: Any,
@@ -178,6 +179,7 @@ def fit(
         InputError: ``select`` names what is not measured.
         RunError: a loss or the gradient is not finite, and ``on_nonfinite`` has no more to offer; out of memory; the
             ranks' parameters differ; or a checkpoint could not be written.
+        Preempted: a signal asked some rank to stop; the step that was under way is done and saved.
     """
     torch.use_deterministic_algorithms(config.deterministic)
     blocks = repeated_blocks(objective)
@@ -246,9 +248,12 @@ def fit(
                 run.log(step - 1, measured)
                 model.train()
                 best = better(config.select, best, step, measured)
-            if last or step % config.save_every == 0 or best is not best_before:
+            stopping = distributed.any_rank(preempt.asked() is not None)
+            if stopping or last or step % config.save_every == 0 or best is not best_before:
                 watchdog.beat(f"the save after step {step - 1}")
                 save(objective, optim, stream, run, step, config.keep, odd, best)
+            if stopping:
+                raise Preempted(f"{run.name}: stopped by {preempt.asked() or 'another rank'}, saved at step {step}")
     if config.select is not None:
         if best is None:
             raise RunError(f"{run.name}: {config.select.metric} was never a finite number: no checkpoint is the best")

@@ -144,6 +144,8 @@ def fork(request: dict[str, Any], rank: int) -> int:
         module, _, function = request["call"].partition(":")
         getattr(importlib.import_module(module), function)(**request["args"])
         code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
     except BaseException:
         traceback.print_exc()
     sys.exit(code)  # as every Python ends, so that a faulty end shows

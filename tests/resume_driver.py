@@ -24,6 +24,26 @@ def stage(stage: str, config: dict[str, Any], die: dict[str, int] | None = None,
     module.main(load(module.Config, config))
 
 
+def command(argv: list[str], stop: str | None = None, at: int = 0, number: str = "SIGUSR2") -> None:
+    """The command `fledge`, ending in its exit code. ``stop``: send this process SIGUSR2 "in training" at step ``at``
+    (only to the last rank), "inside a save" of step ``at``, or in the "evaluation" after training."""
+    from fledge import checkpoint, cli, distributed, track
+
+    def first(work, where):
+        def signalled(*args: Any, **more: Any) -> Any:
+            last = distributed.rank() == distributed.world_size() - 1
+            if stop == where and (where == "evaluation" or args[1] == at) and (where != "in training" or last):
+                os.kill(os.getpid(), getattr(signal, number))
+            return work(*args, **more)
+
+        return signalled
+
+    track.Run.log = first(track.Run.log, "in training")  # type: ignore[method-assign]
+    checkpoint.save = first(checkpoint.save, "inside a save")
+    track.Run.publish = first(track.Run.publish, "evaluation")  # type: ignore[method-assign]
+    raise SystemExit(cli.main(argv))
+
+
 def die_inside_a_save(save: int, sync: int) -> None:
     """SIGKILL this process at the ``sync``-th fsync of its ``save``-th checkpoint (both from 1)."""
     from fledge import checkpoint

@@ -1,0 +1,359 @@
+"""`fledge launch`: what it would start, what it does when a rank fails, and a run that is told to stop and goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fledge import cli, launch
+from fledge.launch import Failure, Launcher, Plan
+from tests.fledge.test_resume import CASES, assert_same_run, curve, logged, placed, write_data
+from tests.launch import ROOT, environment, free_port
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A stage at toy size, mae.yaml, beside its data."""
+    root = tmp_path_factory.mktemp("launch")
+    write_data(root)
+    config = {"stage": "pretrain.mae", "seed": 5, **placed(CASES["mae"].config, root), "track": {"wandb": "off"}}
+    config["train"] |= {"steps": STEPS, "save_every": 8}
+    (root / "mae.yaml").write_text(yaml.safe_dump(config))
+    (root / "two.yaml").write_text(
+        "stages:\n  first: {stage: pretrain.mae, config: mae.yaml}\n"
+        "  second: {stage: pretrain.mae, config: mae.yaml, parents: {init: first}}\n"
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def truth(folder, forks):
+    """World size -> the run that nothing happens to."""
+    made = {}
+
+    def run(world):
+        if world not in made:
+            argv = ["run", str(folder / "mae.yaml"), "--out", "runs"]
+            place = folder / f"truth{world}"
+            forks.start("tests.resume_driver:command", {"argv": argv}, world=world, folder=place).wait()
+            made[world] = place / "runs" / "mae"
+        return made[world]
+
+    return run
+
+
+def fledge(*argv, cwd=None, **env):
+    """The command as a process of its own."""
+    quiet = environment(GLOO_SOCKET_IFNAME="lo", **env)
+    return subprocess.Popen(
+        [sys.executable, "-m", "fledge.cli", *map(str, argv)],
+        env=quiet, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def ended(process, code=0):
+    said, complained = process.communicate(timeout=180)
+    assert process.returncode == code, said + complained
+    return said, complained
+
+
+# ------------------------------------------------------------------------------------------------ what would start
+
+
+def dry(folder, capsys, *options):
+    assert cli.main(["launch", str(folder / "mae.yaml"), *options, "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
+def test_one_machine(folder, capsys):
+    said = dry(folder, capsys, "--procs", "2", "--out", "my runs", "seed=7").split(" ", 1)[1]
+    assert said == (
+        "-m torch.distributed.run --standalone --nproc-per-node=2 --max-restarts=0 "
+        f"-m fledge.cli run {folder}/mae.yaml seed=7 --out 'my runs'\n"
+    )
+
+
+def test_several_machines(folder, capsys):
+    options = ["--procs", "4", "--nodes", "3", "--node-rank", "2", "--rdzv", "first:29400", "--rdzv-timeout", "9"]
+    said = dry(folder, capsys, *options)
+    assert "--nnodes=3 --node-rank=2 --rdzv-backend=c10d --rdzv-endpoint=first:29400 --rdzv-id=mae-0" in said
+    assert "--rdzv-conf=is_host=false,join_timeout=9,read_timeout=9 --nproc-per-node=4" in said
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--gpus", "1", "--procs", "1"], "give one of them"),
+        (["--procs", "1", "--nodes", "2"], "need --rdzv HOST:PORT"),
+        (["--procs", "1", "--nodes", "2", "--rdzv", "first", "--node-rank", "0"], "expected HOST:PORT"),
+        (["--procs", "1", "--nodes", "2", "--rdzv", "first:1"], "--node-rank: expected 0 to 1"),
+        (["--procs", "1", "--nodes", "2", "--rdzv", "first:1", "--node-rank", "2"], "--node-rank: expected 0 to 1"),
+        (["--gpus", "4096"], "this machine has"),
+        (["--slurm"], "--gpus N, or --procs N"),
+        (["--slurm", "--procs", "1", "--sbatch", "account=x\n#SBATCH --uid=0"], "--sbatch: expected"),
+        (["--slurm", "--procs", "1", "--sbatch", "signal=KILL"], "--sbatch: expected"),
+        (["--procs", "1", "sed=1"], "did you mean seed"),
+    ],
+)
+def test_wrong_options_start_nothing(folder, options, says, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SLURM_NODEID", raising=False)
+    assert cli.main(["launch", str(folder / "mae.yaml"), *options]) == 2
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------- SLURM
+
+
+def test_the_batch_file(folder, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("A_TOKEN", "canary-canary")
+    options = ["--slurm", "--gpus", "8", "--nodes", "2", "--sbatch", "partition=gpu", "--out", str(tmp_path / "o")]
+    said = dry(folder, capsys, *options, "--max-restarts", "3")
+    assert [line for line in said.splitlines() if line.startswith("#SBATCH")] == [
+        "#SBATCH --job-name=mae", "#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=1", "#SBATCH --gpus-per-node=8",
+        "#SBATCH --signal=USR2@90", "#SBATCH --requeue", "#SBATCH --open-mode=append",
+        f"#SBATCH --output={tmp_path}/o/logs/mae/slurm-%j.log", "#SBATCH --partition=gpu",
+    ]  # fmt: skip
+    assert "canary" not in said and "localhost" not in said and not (tmp_path / "o").exists()
+
+
+def test_a_secret_does_not_reach_the_batch_file(folder, capsys, monkeypatch):
+    monkeypatch.setenv("A_TOKEN", "canary-canary")
+    options = ["--slurm", "--procs", "1", "track.project=canary-canary", "--dry-run"]
+    assert cli.main(["launch", str(folder / "mae.yaml"), *options]) == 2
+    said = capsys.readouterr()
+    assert "the value of $A_TOKEN is part of the command" in said.err and "canary" not in said.out + said.err
+
+
+def in_slurm(folder, capsys, monkeypatch, place, *options, srun=0, hosts="echo node7; echo node8"):
+    """Run the batch file with stand-ins for SLURM's commands: its exit code, what srun got, what scontrol got."""
+    stubs = place / "stubs"
+    stubs.mkdir()
+    told = f'printf "%s\\n" "$@" > {place}'
+    scontrol = f'if [ "$1" = show ]; then {hosts}; else {told}/scontrol; fi'
+    for name, text in {"scontrol": scontrol, "srun": f"{told}/srun\nexit {srun}"}.items():
+        (stubs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (stubs / name).chmod(0o755)
+    (place / "job").write_text(dry(folder, capsys, "--slurm", "--procs", "2", "--nodes", "2", *options))
+    slurm = {"PATH": f"{stubs}:{os.environ['PATH']}", "SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "node[7-8]"}
+    done = subprocess.run(["bash", str(place / "job")], env=os.environ | slurm, capture_output=True, text=True)
+    got = [(place / name).read_text().splitlines() if (place / name).exists() else [] for name in ("srun", "scontrol")]
+    return done, *got
+
+
+def test_the_batch_file_starts_a_launcher_on_each_machine(folder, capsys, monkeypatch, tmp_path):
+    sly = "data.path=$(touch pwned) `touch pwned`'; touch pwned \"#"
+    done, srun, scontrol = in_slurm(folder, capsys, monkeypatch, tmp_path, sly)
+    assert done.returncode == 0 and not done.stderr and not scontrol
+    assert srun[1:5] == ["-m", "fledge.cli", "launch", str(folder / "mae.yaml")] and srun[5] == sly
+    assert srun[-2:] == ["--rdzv", "node7:32345"] and not list(Path().glob("**/pwned"))
+    parsed = cli._parse(cli.parser(), srun[3:])
+    monkeypatch.setenv("SLURM_NODEID", "1")
+    assert launch.plan(parsed).node == 1 and launch.plan(parsed).world == 4
+
+
+@pytest.mark.parametrize("code, requeued", [(75, True), (1, False), (2, False)])
+def test_the_batch_file_asks_for_a_requeue_on_75_alone(folder, capsys, monkeypatch, tmp_path, code, requeued):
+    done, _, scontrol = in_slurm(folder, capsys, monkeypatch, tmp_path, srun=code)
+    assert done.returncode == code and scontrol == (["requeue", "12345"] if requeued else [])
+
+
+@pytest.mark.parametrize("hosts", ["exit 1", "true"])
+def test_no_head_node_no_start(folder, capsys, monkeypatch, tmp_path, hosts):
+    """A fallback to localhost would make every machine a world of its own."""
+    done, srun, _ = in_slurm(folder, capsys, monkeypatch, tmp_path, hosts=hosts)
+    assert done.returncode == 1 and not srun
+
+
+# -------------------------------------------------------------------------------------------------------- restarts
+
+
+class Scripted(Launcher):
+    """Attempts that end with these codes, having reached these steps."""
+
+    def __init__(self, folder, attempts, **more):
+        stage = types.SimpleNamespace(name="mae", dir=folder)
+        super().__init__(Plan("mae.yaml", **more), types.SimpleNamespace(stages=[stage]), "mae", folder / "logs")
+        self.attempts = attempts
+
+    def attempt(self, tries):
+        code, step = self.attempts[tries]
+        self.tried = tries + 1
+        if step:
+            (self.job.stages[0].dir / "checkpoints" / f"step_{step:08}").mkdir(parents=True, exist_ok=True)
+        return code
+
+
+@pytest.mark.parametrize(
+    "limit, attempts, code, tried",
+    [
+        (0, [(1, 10)], 1, 1),  # never
+        (1, [(1, 10), (1, 20), (1, 30), (0, 40)], 0, 4),  # restarts with progress are free
+        (1, [(1, 0), (1, 0)], 1, 2),
+        (2, [(1, 10), (1, 10), (1, 10), (1, 10), (0, 0)], 1, 4),
+        (2, [(1, 0), (1, 0), (1, 10), (1, 10), (0, 0)], 0, 5),  # progress begins the count anew
+        (5, [(2, 0)], 2, 1),  # wrong input stays wrong
+        (5, [(75, 10)], 75, 1),  # whoever stopped it wants the machine
+        (5, [(130, 10)], 130, 1),
+    ],
+)
+def test_restarts_count_while_nothing_is_gained(tmp_path, limit, attempts, code, tried):
+    launcher = Scripted(tmp_path, attempts, max_restarts=limit)
+    assert launcher.run() == code and launcher.tried == tried
+
+
+def test_an_artifact_is_progress(tmp_path):
+    job = types.SimpleNamespace(stages=[types.SimpleNamespace(name="a", dir=tmp_path)])
+    before = launch.progress(job)
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact" / "manifest.json").touch()
+    assert launch.stalled(3, before, launch.progress(job)) == 0
+    assert launch.stalled(3, before, before) == 4
+
+
+def test_who_failed_first():
+    ranks = [
+        {"rank": 0, "code": 1, "ended": 2.0},
+        {"rank": 1, "code": 75, "ended": 0.5},
+        {"rank": 2, "code": 3, "ended": 1.0},
+        {"rank": 3},
+    ]
+    assert launch.first_failure(ranks, "") == Failure(2, 3)
+    words = "Root Cause (first observed failure):\n[0]:\n  time : now\n  host : x\n  rank      : 3 (local_rank: 3)\n"
+    assert launch.first_failure(ranks, words + "  exitcode  : -9 (pid: 1)\n") == Failure(3, -9)
+    assert launch.first_failure(ranks, words + "  exitcode  : 1 (pid: 1)\n") == Failure(2, 3)
+
+
+# ------------------------------------------------------------------------------------------------------ world size
+
+
+def test_fewer_processes_than_asked_for_are_refused(folder, tmp_path):
+    run = fledge("run", folder / "mae.yaml", "--out", tmp_path, FLEDGE_WORLD_SIZE="2")
+    assert "launched for 2 processes, but 1 joined" in ended(run, 2)[1]
+
+
+# -------------------------------------------------------------------------------------------------- told to stop
+
+
+def go_on(forks, folder, place, truth, world, **args):
+    """Start, have it stopped, start again; the same run as one that nobody stopped. Where it stopped."""
+    argv, run = ["run", str(folder / "mae.yaml"), "--out", "runs"], place / "runs" / "mae"
+    job = forks.start("tests.resume_driver:command", {"argv": argv, **args}, world=world, folder=place)
+    job.wait(check=False)
+    assert job.codes == [75] * world, job.output()
+    assert "stopped by" in job.output() and "the same command goes on where it was" in job.output()
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+    steps = sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step_*"))
+    assert steps[-1] == len(curve(run))
+    forks.start("tests.resume_driver:command", {"argv": argv}, world=world, folder=place).wait()
+    assert_same_run(run, truth(world))
+    return steps[-1]
+
+
+@pytest.mark.parametrize("world, number", [(1, "SIGUSR2"), (1, "SIGTERM"), (2, "SIGUSR2")])
+def test_stopped_while_training(folder, truth, forks, tmp_path, world, number):
+    """With two ranks only one of them gets the signal."""
+    assert go_on(forks, folder, tmp_path, truth, world, stop="in training", at=5, number=number) == 6
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_signal_inside_a_save_is_not_lost(folder, truth, forks, tmp_path, world):
+    assert go_on(forks, folder, tmp_path, truth, world, stop="inside a save", at=8) == 9
+
+
+def test_a_signal_inside_the_last_save(folder, truth, forks, tmp_path):
+    assert go_on(forks, folder, tmp_path, truth, 1, stop="inside a save", at=STEPS) == STEPS
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_stopped_after_training(folder, truth, forks, tmp_path, world):
+    """Where there is nothing to save, a run leaves at once."""
+    assert go_on(forks, folder, tmp_path, truth, world, stop="evaluation") == STEPS
+    assert (tmp_path / "runs" / "mae" / "artifact").exists()
+
+
+# -------------------------------------------------------------------------------------------------- the real thing
+
+BREAK = """
+import os, time
+if os.environ.get("RANK") == "1" and os.environ["FLEDGE_LOGS"].endswith("attempt-1"):
+    from fledge import track
+    def log(self, step, values):
+        if {when}:
+            {act}
+    track.Run.log = log
+"""
+
+
+def test_launch_is_stopped_and_goes_on(folder, truth, tmp_path):
+    command = ["launch", folder / "mae.yaml", "--procs", "2", "--out", "runs"]
+    run = tmp_path / "runs" / "mae"
+    (tmp_path / "sitecustomize.py").write_text(BREAK.format(when="step > 4", act="time.sleep(0.2)"))
+    process = fledge(*command, cwd=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    while logged(run) < 5 and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGUSR2)
+    said, _ = ended(process, 75)
+    assert "stopped by SIGUSR2, saved at step" in said
+    ended(fledge(*command, cwd=tmp_path))
+    assert_same_run(run, truth(2))
+    attempts = json.loads((run / "environment.json").read_text())["attempts"]
+    assert [attempt["logs"] for attempt in attempts] == [str(tmp_path / f"runs/logs/mae/attempt-{k}") for k in (1, 2)]
+    assert all(attempt["world_size"] == 2 and sum(attempt["hosts"].values(), []) == [0, 1] for attempt in attempts)
+    notes = [launch.records(Path(attempt["logs"])) for attempt in attempts]
+    assert [[note["code"] for note in ranks] for ranks in notes] == [[75, 75], [0, 0]]
+
+
+@pytest.mark.parametrize(
+    "act, says",
+    [
+        ("raise ValueError('rank one broke')", ["it ended with code 1", "ValueError: rank one broke"]),
+        ("os.kill(os.getpid(), 9)", ["it was killed by SIGKILL"]),
+    ],
+)
+def test_a_rank_fails_and_the_run_goes_on(folder, truth, tmp_path, act, says):
+    (tmp_path / "sitecustomize.py").write_text(BREAK.format(when="step == 13", act=act))
+    command = ["launch", folder / "mae.yaml", "--procs", "2", "--out", "runs", "--max-restarts", "1"]
+    process = fledge(*command, cwd=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}", A_TOKEN="canary-canary")
+    said, complained = ended(process)
+    assert complained.startswith("launch: rank 1 of 2 failed first: ") and all(text in complained for text in says)
+    assert "launch: restart 1\n" in said and "resumed at step 8" in said
+    assert_same_run(tmp_path / "runs" / "mae", truth(2))
+    texts = [path.read_text() for path in tmp_path.rglob("*") if path.suffix in (".json", ".log", ".yaml", ".html")]
+    assert texts and not any("canary" in text for text in texts)
+
+
+def test_two_nodes_on_loopback_are_the_same_run(folder, truth, tmp_path):
+    meet = ["--procs", "1", "--nodes", "2", "--rdzv", f"127.0.0.1:{free_port()}", "--out", "runs"]
+    nodes = [fledge("launch", folder / "mae.yaml", *meet, "--node-rank", str(rank), cwd=tmp_path) for rank in (0, 1)]
+    for node in nodes:
+        ended(node)
+    assert_same_run(tmp_path / "runs" / "mae", truth(2))
+
+
+def test_a_machine_that_is_alone_says_where_it_waited(folder, tmp_path):
+    where = f"127.0.0.1:{free_port()}"
+    meet = ["--procs", "1", "--nodes", "2", "--rdzv", where, "--rdzv-timeout", "3", "--node-rank", "0"]
+    _, complained = ended(fledge("launch", folder / "mae.yaml", *meet, "--out", tmp_path), 1)
+    assert (
+        complained.startswith(f"fledge: 2 machines did not meet at {where} within 3 s.")
+        and "Traceback" not in complained
+    )
+
+
+def test_a_recipe_runs_under_the_same_processes(folder, truth, tmp_path):
+    said, _ = ended(fledge("launch", folder / "two.yaml", "--procs", "2", "--out", tmp_path, "second.train.steps=5"))
+    assert (tmp_path / "second" / "artifact" / "manifest.json").exists() and "report: " in said
+    attempt = json.loads((tmp_path / "second" / "environment.json").read_text())["attempts"][0]
+    assert attempt["world_size"] == 2 and attempt["logs"] == str(tmp_path / "logs" / "two" / "attempt-1")
