@@ -79,6 +79,11 @@ def embed_texts(clip: Encoders, table: dict[str, Tensor], batch: int = 256) -> T
     return torch.cat([clip.encode_text(*part.to(distributed.device())).cpu() for part in stacked.split(batch, dim=1)])
 
 
+class Embedded(NamedTuple):
+    image: Tensor  # (N, D)
+    text: Tensor  # (K, D)
+
+
 class HeldOut(NamedTuple):
     """Pairs to retrieve: K captions and N pictures, each with the number of its caption."""
 
@@ -97,20 +102,23 @@ class HeldOut(NamedTuple):
         pixels = eval_batch(pairs.images, [picture for _, picture in pictures], view)
         return cls(captions, tokenize(tokens, captions, max_length), pixels, torch.tensor([n for n, _ in pictures]))
 
+    def embedded(self, model: Encoders) -> Embedded:
+        return Embedded(embed_images(model, self.pixels), embed_texts(model, self.text))
 
-def retrieval(clip: Encoders, before: Encoders, held: HeldOut) -> list[Score]:
+
+def retrieval(after: Embedded, before: Embedded, held: HeldOut) -> list[Score]:
     """Recall of pictures by caption, and of captions by picture, resampled by caption."""
     number = torch.arange(len(held.captions))
 
-    def ranks(model: Encoders) -> tuple[Tensor, Tensor]:
-        image, text = embed_images(model, held.pixels), embed_texts(model, held.text)
+    def ranks(found: Embedded) -> tuple[Tensor, Tensor]:
+        image, text = found
         return right_ranks(text, image, number, held.owner), right_ranks(image, text, held.owner, number)
 
-    after, first = ranks(clip), ranks(before)
+    ranked, first = ranks(after), ranks(before)
     owners = (number, held.owner)
     scores = []
     for way, name in enumerate(("text to image", "image to text")):
-        right = recall_at(after[way], 1)
+        right = recall_at(ranked[way], 1)
         low, high = bootstrap(right, owners[way].numpy())
         scores.append(
             Score(
@@ -123,7 +131,7 @@ def retrieval(clip: Encoders, before: Encoders, held: HeldOut) -> list[Score]:
                 high=high,
                 n=len(held.captions),
                 unit="captions",
-                note=f"recall@5 {recall_at(after[way], 5).mean():.4f}, by chance "
+                note=f"recall@5 {recall_at(ranked[way], 5).mean():.4f}, by chance "
                 f"{chance(owners[way], owners[1 - way], 5):.4f}; {len(held.owner)} pictures",
             )
         )
@@ -177,11 +185,11 @@ def zero_shot(
     )
 
 
-def retrieval_sheet(clip: Encoders, held: HeldOut, view: EvalConfig, n: int = 10, k: int = 5):
+def retrieval_sheet(after: Embedded, held: HeldOut, view: EvalConfig, n: int = 10, k: int = 5):
     """Captions, each with the k pictures that it finds first; the right ones are framed. A PIL image."""
     asked = np.linspace(0, len(held.captions) - 1, min(n, len(held.captions))).astype(int).tolist()
-    text = embed_texts(clip, {name: table[asked] for name, table in held.text.items()})
-    found = (text @ embed_images(clip, held.pixels).T).topk(min(k, len(held.pixels)), dim=1).indices  # (n, k)
+    image, text = after
+    found = (text[asked] @ image.T).topk(min(k, len(held.pixels)), dim=1).indices  # (n, k)
     pictures = denormalise(held.pixels[found], view.mean, view.std)
     right = held.owner[found] == torch.tensor(asked)[:, None]
     return captioned_rows([held.captions[i] for i in asked], pictures, right)
@@ -193,4 +201,5 @@ def evaluate(
     """The scores beside those of ``before``, and a sheet of what held-out captions find (a PIL image)."""
     held = HeldOut.open(config, view, tokens, max_length)
     named = [zero_shot(clip, before, config.zero_shot, view, tokens, max_length)] if config.zero_shot else []
-    return named + retrieval(clip, before, held), retrieval_sheet(clip, held, view)
+    after = held.embedded(clip)
+    return named + retrieval(after, held.embedded(before), held), retrieval_sheet(after, held, view)

@@ -17,6 +17,7 @@ from align.clip import CLIP, Config, unit
 from fledge import artifact, distributed
 from fledge.config import load
 from fledge.data.augment import EvalConfig
+from fledge.data.images import eval_batch
 from fledge.data.pairs import PairsConfig
 from fledge.data.tokenizer import TokenizerConfig, tokenize, train
 from fledge.errors import InputError
@@ -422,7 +423,7 @@ def test_the_stage_and_what_others_load(shapes, tmp_path, parents, start, monkey
     objective = CLIP(trained[0]).eval()
     pairs = chosen.data.open()
     number = next(i for i in range(len(pairs.images)) if pairs.captions[pairs.images.label(i)] == "a red circle")
-    pixels = clip.eval_batch(pairs.images, [number], chosen.augment.evaluation(resize=16))
+    pixels = eval_batch(pairs.images, [number], chosen.augment.evaluation(resize=16))
     torch.testing.assert_close(theirs["pixels"], pixels, rtol=1e-5, atol=1e-5)
     tokens = language.read_tokenizer(artifact.open(moved))
     table = tokenize(tokens, ["a red circle", "blue " * 60], 24)
