@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 LOGS_VARIABLE, NODE_VARIABLE = "FLEDGE_LOGS", "FLEDGE_NODE"
 POLL = 0.1  # seconds
 GRACE = 30.0  # seconds that ranks have to end by themselves after Ctrl-C
+# Wider than redact.NAME: a refusal by mistake costs an override, a name missed here stands in a file that stays.
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)
 SBATCH_OPTION = re.compile(r"[a-z][a-z-]*(=[A-Za-z0-9_.,:/@+%=-]+)?")
 SBATCH_OURS = ("nodes", "ntasks-per-node", "gpus-per-node", "signal", "requeue", "open-mode", "job-name", "output")
