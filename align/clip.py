@@ -28,6 +28,7 @@ from fledge.data.tokenizer import TokenizerConfig, tokenize
 from fledge.errors import InputError
 from fledge.evals.contrastive import ContrastiveEval, evaluate
 from fledge.evals.score import Score
+from fledge.evals.validation import validation
 from fledge.models import language, vit
 from fledge.models.language import EncoderConfig
 from fledge.models.vit import ViTConfig
@@ -170,7 +171,7 @@ class CLIP(nn.Module):
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         n = len(batch["image"])
-        if self.rows is not None and n * distributed.world_size() != self.rows:
+        if self.training and self.rows is not None and n * distributed.world_size() != self.rows:
             raise ValueError(f"{n} rows on each of {distributed.world_size()} ranks are not the batch of {self.rows}")
         image = self.encode_image(batch["image"])
         text = self.encode_text(batch["input_ids"], batch["attention_mask"])
@@ -316,9 +317,9 @@ def check_batch(train: TrainConfig, world: int) -> None:
             f"train.batch {train.batch} is not a multiple of the {world} ranks; each needs equally many pairs"
         )
     rows = train.batch // world
-    if train.micro_batch is not None and train.micro_batch < rows:
+    if train.micro_batch is not None and (train.micro_batch == "auto" or train.micro_batch < rows):
         raise InputError(
-            f"train.micro_batch {train.micro_batch} is smaller than the {rows} pairs of one rank, and a contrastive "
+            f"train.micro_batch {train.micro_batch} may be less than the {rows} pairs of one rank, and a contrastive "
             "loss over parts of the batch is another loss; use more ranks, train.grad_checkpointing or a smaller "
             "train.batch"
         )
@@ -372,7 +373,13 @@ def main(config: Config) -> Artifact:
             decay_groups(clip, decay_exempt), config.optim,
             batch=stream.batch, steps=steps, steps_per_epoch=stream.steps_per_epoch,
         )  # fmt: skip
-        fit(clip, stream, optim, config.train, run, steps=steps, seed=config.seed)
+
+        def held_out() -> tuple[int, PairRows]:
+            others = config.data.held_out().open()
+            return len(others), pair_rows(others, tokens, config)
+
+        watch = validation(clip, config.train, held_out)
+        fit(clip, stream, optim, config.train, run, steps=steps, seed=config.seed, evaluate=watch)
 
         clip.eval()
         view = config.augment.evaluation(resize=config.augment.size)

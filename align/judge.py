@@ -1,5 +1,6 @@
 """A policy judged beside the one that it started from: the same held-out prompts, the same seeds, paired."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -35,51 +36,75 @@ def build(name: str | None, data: RecordsConfig, reward: Scorer) -> Judge:
     return Judge(reward, "reward", False)
 
 
-def compare(
-    judge: Judge,
-    models: dict[str, nn.Module],
-    prompts: Prompts,
-    tokenizer: Any,
-    *,
-    most: int,
-    seed: int,
-    max_new_tokens: int,
-    temperature: float,
-    greedy: bool,
-    precision: str,
-    rows: int,
-) -> tuple[list[Score], list[dict], float]:
-    """Scores before and after, a few answers of both, and the KL of after to before in nats an answer.
+class Questions(NamedTuple):
+    """Held-out prompts, and how every model is asked them: the same prompts, seeds and sampling for all."""
 
-    Args:
-        models: ``before`` and ``after``.
-        temperature: of the policy; the KL is that of the tempered distributions.
-        most, rows: prompts at most, and at most so many at a time.
-    """
-    order = Permutation(len(prompts), "evaluation")
-    chosen = [order[i] for i in range(min(len(prompts), most))]
-    records = [prompts.records[i] for i in chosen]
-    batches = {
-        name: answer(
+    prompts: Prompts
+    tokenizer: Any
+    most: int
+    """Prompts at most."""
+    seed: int
+    max_new_tokens: int
+    temperature: float
+    """Of the policy; the KL is that of the tempered distributions."""
+    greedy: bool
+    precision: str
+    rows: int
+    """At most so many at a time."""
+
+    def chosen(self) -> list[int]:
+        order = Permutation(len(self.prompts), "evaluation")
+        return [order[i] for i in range(min(len(self.prompts), self.most))]
+
+    def records(self) -> list[dict]:
+        return [self.prompts.records[i] for i in self.chosen()]
+
+    def put_to(self, model: nn.Module) -> Batch:
+        """The prompts with this model's answers, as ``answer`` gives them."""
+        chosen = self.chosen()
+        return answer(
             model,
-            [prompts.ids[i] for i in chosen],
-            [derive("evaluation", seed, i) for i in chosen],
-            tokenizer,
-            max_new_tokens=max_new_tokens,
-            temperature=0.0 if greedy else temperature,
-            precision=precision,
-            rows=rows,
+            [self.prompts.ids[i] for i in chosen],
+            [derive("evaluation", self.seed, i) for i in chosen],
+            self.tokenizer,
+            max_new_tokens=self.max_new_tokens,
+            temperature=0.0 if self.greedy else self.temperature,
+            precision=self.precision,
+            rows=self.rows,
         )
-        for name, model in models.items()
-    }
-    texts = {name: decode(tokenizer, batch) for name, batch in batches.items()}
-    judged = {name: judge.score(records, texts[name], batch).numpy() for name, batch in batches.items()}
 
-    def kl_of(piece: Batch) -> Tensor:
-        after, before = (response_logits(models[name], piece) for name in ("after", "before"))
-        return torch.where(piece["response_mask"].bool(), rlhf.exact_kl(after, before, temperature), 0.0)
+    def kl(self, after: nn.Module, before: nn.Module, answers: Batch) -> float:
+        """KL(after || before) in nats an answer, on its answers: exact at each token, summed, mean over rows."""
 
-    kl = in_pieces(kl_of, batches["after"], precision, rows).sum(dim=1).mean().item()
+        def kl_of(piece: Batch) -> Tensor:
+            logits, reference = (response_logits(model, piece) for model in (after, before))
+            return torch.where(piece["response_mask"].bool(), rlhf.exact_kl(logits, reference, self.temperature), 0.0)
+
+        return in_pieces(kl_of, answers, self.precision, self.rows).sum(dim=1).mean().item()
+
+
+def watch(
+    judge: Judge, policy: nn.Module, reference: nn.Module, questions: Questions
+) -> Callable[[int], dict[str, float]]:
+    """`evaluate` of `fit`: the mean judgement of the policy's answers and their KL: a point of the frontier."""
+
+    def measure(step: int) -> dict[str, float]:
+        answers = questions.put_to(policy)
+        judged = judge.score(questions.records(), decode(questions.tokenizer, answers), answers)
+        return {"score": judged.mean().item(), "kl": questions.kl(policy, reference, answers)}
+
+    return measure
+
+
+def compare(
+    judge: Judge, before: nn.Module, after: nn.Module, questions: Questions
+) -> tuple[list[Score], list[dict], float]:
+    """Scores before and after, a few answers of both, and the KL of after to before in nats an answer."""
+    records, models = questions.records(), {"before": before, "after": after}
+    answers = {name: questions.put_to(model) for name, model in models.items()}
+    texts = {name: decode(questions.tokenizer, batch) for name, batch in answers.items()}
+    judged = {name: judge.score(records, texts[name], batch).numpy() for name, batch in answers.items()}
+    kl = questions.kl(after, before, answers["after"])
     pairs = zip(
         records, texts["before"], texts["after"], judged["before"].tolist(), judged["after"].tolist(), strict=True
     )

@@ -41,6 +41,7 @@ from fledge.artifact import Artifact
 from fledge.config import Config as BaseConfig
 from fledge.config import Duration, StageConfig, hardware, parent, resolve
 from fledge.data.chats import Prompts
+from fledge.data.records import Split
 from fledge.errors import InputError
 from fledge.models import language
 from fledge.optim import OptimConfig, adamw
@@ -254,7 +255,7 @@ class Rollouts:
     ) -> None:
         self.objective, self.reference, self.prompts, self.scorer = objective, reference, prompts, scorer
         self.tokenizer, self.config, self.seed, self.batch = tokenizer, config.rollout, config.seed, config.train.batch
-        self.kl, self.precision, self.micro_batch = config.kl, config.train.precision, config.train.micro_batch
+        self.kl, self.precision, self.micro_batch = config.kl, config.train.precision, config.train.most_rows
         self.minibatches = config.rollout.batch // self.batch
         self.updates = config.ppo.num_ppo_epochs * self.minibatches  # steps of one iteration
         self.steps_per_epoch = max(1, len(prompts) // config.rollout.batch) * self.updates
@@ -376,7 +377,7 @@ def build_scorer(config: Config, parents: dict[str, Artifact]) -> Scorer:
     if "reward" not in parents:
         raise InputError("align.ppo needs a reward: parents.reward (a reward-model), or reward: module:function")
     model = language.read(parents["reward"], "AutoModelForSequenceClassification").to(distributed.device())
-    return ModelScorer(model, config.train.precision, config.train.micro_batch)
+    return ModelScorer(model, config.train.precision, config.train.most_rows)
 
 
 def build_value(config: Value, policy: Any, parents: dict[str, Artifact]) -> ValueModel:
@@ -447,24 +448,29 @@ def main(config: Config) -> Artifact:
             {"params": list(value.parameters()), "lr_scale": config.value.lr_scale},
         ]
         optim = adamw(groups, config.optim, batch=stream.batch, steps=steps, steps_per_epoch=stream.steps_per_epoch)
-        fit(objective, stream, optim, config.train, run, steps=steps, seed=config.seed)
 
-        scores, kl = [], {}
-        if run.measures:
-            held_out = read_prompts(config.data, tokens, config.evaluation.split)
-            scores, table, kl["kl"] = judge.compare(
-                referee,
-                {"before": reference, "after": policy},
-                held_out,
-                tokens,
+        def questions(split: Split) -> judge.Questions:
+            return judge.Questions(
+                prompts=read_prompts(config.data, tokens, split),
+                tokenizer=tokens,
                 most=config.evaluation.prompts,
                 seed=config.seed,
                 max_new_tokens=config.rollout.max_new_tokens,
                 temperature=config.rollout.temperature,
                 greedy=config.evaluation.greedy,
                 precision=config.train.precision,
-                rows=config.train.micro_batch or 128,
+                rows=config.train.most_rows or 128,
             )
+
+        watch = None
+        if config.train.eval_every:
+            watch = judge.watch(referee, policy, reference, questions("validation"))
+        fit(objective, stream, optim, config.train, run, steps=steps, seed=config.seed, evaluate=watch)
+
+        scores, kl = [], {}
+        if run.measures:
+            asked = questions(config.evaluation.split)
+            scores, table, kl["kl"] = judge.compare(referee, reference, policy, asked)
             run.samples("answers", table, "Held-out prompts, answered before and after")
         return run.publish(
             WRITES,

@@ -20,10 +20,11 @@ from fledge.data import tokenizer
 from fledge.data.preferences import Preferences, PreferencesConfig
 from fledge.errors import InputError
 from fledge.evals.score import Score, bootstrap
+from fledge.evals.validation import validation
 from fledge.models import language
 from fledge.models.language import decay_exempt
 from fledge.optim import OptimConfig, adamw, decay_groups
-from fledge.stream import Batch, DataStream, Permutation, derive
+from fledge.stream import Batch, DataStream, Permutation, Rows, derive
 from fledge.track import Run, TrackConfig
 from fledge.train import TrainConfig, autocast, fit
 
@@ -173,7 +174,13 @@ def main(config: Config) -> artifact.Artifact:
         steps = resolve(config.train.steps, stream.steps_per_epoch)
         groups = decay_groups(objective, decay_exempt)
         optim = adamw(groups, config.optim, batch=stream.batch, steps=steps, steps_per_epoch=stream.steps_per_epoch)
-        fit(objective, stream, optim, config.train, run, steps=steps, seed=config.seed)
+
+        def held_out() -> tuple[int, Rows]:
+            pairs = Preferences(config.data, tokens, "validation")
+            return len(pairs), pairs.rows
+
+        watch = validation(objective, config.train, held_out)
+        fit(objective, stream, optim, config.train, run, steps=steps, seed=config.seed, evaluate=watch)
 
         reference = chosen_pairs(train, config.evaluation_pairs)
         calibrate(objective.model, *rewards_of(objective, train, reference, config.train.precision))

@@ -21,10 +21,11 @@ from fledge.data.chats import Chats, ChatsConfig, Prompts
 from fledge.data.text import IGNORE
 from fledge.evals import generation
 from fledge.evals.score import Score, bootstrap
+from fledge.evals.validation import validation
 from fledge.models import language
 from fledge.models.language import decay_exempt, document_mask, next_token_loss
 from fledge.optim import OptimConfig, adamw, decay_groups
-from fledge.stream import Batch, DataStream, Permutation, derive
+from fledge.stream import Batch, DataStream, Permutation, Rows, derive
 from fledge.track import Run, TrackConfig
 from fledge.train import TrainConfig, autocast, fit
 
@@ -165,7 +166,13 @@ def main(config: Config) -> artifact.Artifact:
         steps = resolve(config.train.steps, stream.steps_per_epoch)
         groups = decay_groups(objective, decay_exempt)
         optim = adamw(groups, config.optim, batch=stream.batch, steps=steps, steps_per_epoch=stream.steps_per_epoch)
-        fit(objective, stream, optim, config.train, run, steps=steps, seed=config.seed)
+
+        def held_out() -> tuple[int, Rows]:
+            rows = Chats(config.data, tokens, "validation")
+            return len(rows), rows.rows
+
+        watch = validation(objective, config.train, held_out)
+        fit(objective, stream, optim, config.train, run, steps=steps, seed=config.seed, evaluate=watch)
 
         model = objective.model.eval()
         scores = []

@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def save(
     tensors: dict[str, dict[str, Tensor]],
     state: dict[str, Any],
     keep: int,
-    spare: int | None = None,
+    spare: Set[int] = frozenset(),
 ) -> Path:
     """Publish the state of `step` under `root`, then prune all but the newest `keep` and `spare`. Returns its folder.
 
@@ -80,7 +80,7 @@ def save(
             ) from reason
 
     distributed.on_main(publish)
-    return root / _name(step)
+    return root / name_of(step)
 
 
 def newest(root: Path) -> Checkpoint | None:
@@ -117,12 +117,12 @@ def find(root: Path, step: int | None = None) -> Checkpoint:
 
     def look() -> int:
         there = _steps(root)
-        faults = {one: _faults(root / _name(one), one) for one in (reversed(there) if step is None else [step])}
+        faults = {one: _faults(root / name_of(one), one) for one in (reversed(there) if step is None else [step])}
         whole = next((one for one, found in faults.items() if not found), None)
         if whole is not None:
             return whole
         if step in there:
-            raise InputError(f"checkpoint {root / _name(step)} is broken: {'; '.join(faults[step])}")
+            raise InputError(f"checkpoint {root / name_of(step)} is broken: {'; '.join(faults[step])}")
         has = f"it has {', '.join(map(str, there))}" if there else "it has none"
         raise InputError(f"{root}: no {'whole checkpoint' if step is None else f'checkpoint of step {step}'}; {has}")
 
@@ -130,11 +130,12 @@ def find(root: Path, step: int | None = None) -> Checkpoint:
 
 
 def _read(root: Path, step: int) -> Checkpoint:
-    path = root / _name(step)
+    path = root / name_of(step)
     return Checkpoint(step, path, json.loads((path / STATE).read_text(encoding="utf-8")))
 
 
-def _name(step: int) -> str:
+def name_of(step: int) -> str:
+    """The folder of a step's checkpoint."""
     return f"step_{step:08d}"
 
 
@@ -145,7 +146,7 @@ def _steps(root: Path) -> list[int]:
 
 
 def _write(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    final = root / _name(step)
+    final = root / name_of(step)
     text = files.canonical(state)
     if json.loads(text) != state:
         raise TypeError("state must be plain JSON that reads back equal: string keys, lists rather than tuples")
@@ -168,17 +169,17 @@ def _write(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
         raise
 
 
-def _prune(root: Path, step: int, keep: int, spare: int | None) -> None:
+def _prune(root: Path, step: int, keep: int, spare: Set[int]) -> None:
     """Remove older checkpoints but `spare`. Never one from a later step: that is not ours to judge."""
     older = [other for other in _steps(root) if other < step]
     for other in older[: max(len(older) + 1 - keep, 0)]:
-        if other != spare:
-            files.remove(root / _name(other))
+        if other not in spare:
+            files.remove(root / name_of(other))
 
 
 def _verified(root: Path, step: int) -> bool:
     """Is the checkpoint of this step whole? A broken one is set aside, with a warning that names the file."""
-    path = root / _name(step)
+    path = root / name_of(step)
     found = _faults(path, step)
     if found:
         bad = files.aside(path, "bad")

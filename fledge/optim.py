@@ -1,12 +1,14 @@
 """What an optimiser step is: rates by step, clipping, groups that start later. Declared by a method, done here."""
 
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from fledge.config import Config, Duration, resolve
+from fledge.errors import InputError
 from fledge.schedule import warmup_then
 
 Rate = Callable[[int], float]
@@ -28,7 +30,16 @@ class OptimConfig(Config):
     warmup_offset: Literal[0, 1] = 0
     """0: the first rate is exactly 0; 1: it is peak/(warmup+1)."""
     decay: Literal["cosine", "linear", "constant"] = "cosine"
+    cooldown: Duration | None = None
+    """The last steps, in which a constant rate falls to ``min_lr``. A run whose rate is constant until then can be
+    prolonged exactly (``train.extend_from``)."""
     min_lr: float = 0.0
+
+    @model_validator(mode="after")
+    def _cooldown_of_what(self) -> "OptimConfig":
+        if self.cooldown is not None and self.decay != "constant":
+            raise ValueError(f"cooldown is the end of a constant rate, but decay is {self.decay}; use decay: constant")
+        return self
 
     def peak_lr(self, batch: int) -> float:
         return self.lr * batch / self.lr_batch if self.lr_batch else self.lr
@@ -36,9 +47,17 @@ class OptimConfig(Config):
     def lr_at(self, batch: int, steps: int, steps_per_epoch: int) -> Rate:
         """The learning rate as a function of step."""
         peak, warm = self.peak_lr(batch), resolve(self.warmup, steps_per_epoch)
+        cooldown = resolve(self.cooldown or 0, steps_per_epoch)
+        if cooldown and warm + cooldown > steps:
+            raise InputError(f"optim: {warm} steps of warmup and {cooldown} of cooldown exceed the {steps} train.steps")
         return lambda step: warmup_then(
-            self.decay, step, peak=peak, end=self.min_lr, warmup_steps=warm, steps=steps, offset=self.warmup_offset
-        )
+            self.decay, step, peak=peak, end=self.min_lr, warmup_steps=warm, steps=steps, offset=self.warmup_offset,
+            cooldown=cooldown,
+        )  # fmt: skip
+
+    def same_until(self, steps: int, steps_per_epoch: int) -> int:
+        """The step until which a longer run would have had the same rates."""
+        return steps - resolve(self.cooldown or 0, steps_per_epoch) if self.decay == "constant" else 0
 
 
 def one_dimensional(name: str, parameter: Tensor) -> bool:
@@ -89,8 +108,10 @@ class Optim:
         weight_decay: Rate = lambda step: 0.0,
         clip: float | None = None,
         clip_mode: Literal["global", "tensor"] = "global",
+        same_until: int = 0,
     ) -> None:
         self.optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
+        self.same_until = same_until  # see OptimConfig
         self.clip, self.clip_by = clip, clip_global if clip_mode == "global" else clip_each
 
     def parameters(self) -> list[Tensor]:
@@ -118,4 +139,6 @@ def adamw(groups: list[dict], config: OptimConfig, *, batch: int, steps: int, st
     """AdamW over ``groups`` with the config's rates; ``optim`` passes weight_decay(step) or clip_mode on."""
     lr = config.lr_at(batch, steps, steps_per_epoch)
     optimizer = torch.optim.AdamW(groups, lr=lr(0), betas=config.betas, eps=config.eps, weight_decay=0.0)
-    return Optim(optimizer, **{"lr": lr, "weight_decay": lambda step: config.weight_decay, "clip": config.clip} | optim)
+    own: dict[str, Any] = {"lr": lr, "weight_decay": lambda step: config.weight_decay, "clip": config.clip}
+    own["same_until"] = config.same_until(steps, steps_per_epoch)
+    return Optim(optimizer, **own | optim)

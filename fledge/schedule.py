@@ -21,15 +21,17 @@ def linear(step: int, *, start: float, end: float, steps: int) -> float:
 
 
 def warmup_then(
-    decay: str, step: int, *, peak: float, end: float, warmup_steps: int, steps: int, offset: int = 0
+    decay: str, step: int, *, peak: float, end: float, warmup_steps: int, steps: int, offset: int = 0, cooldown: int = 0
 ) -> float:
     """Warm up to ``peak``, then ``cosine``, ``linear`` or ``constant`` to ``end`` at ``steps``.
 
     MAE's util/lr_sched.py is ``cosine`` with offset 0 (per iteration); nanoGPT's get_lr is ``cosine`` with offset 1.
+    ``constant`` falls along a line in its last ``cooldown`` steps (Hägele et al. 2024, "Scaling Laws and
+    Compute-Optimal Training Beyond Fixed Training Durations"), or never.
     """
     if step < warmup_steps:
         return warmup(step, peak=peak, steps=warmup_steps, offset=offset)
     if decay == "constant":
-        return peak
+        return linear(step - (steps - cooldown), start=peak, end=end, steps=cooldown) if cooldown else peak
     shape = {"cosine": cosine, "linear": linear}[decay]
     return shape(step - warmup_steps, start=peak, end=end, steps=steps - warmup_steps)

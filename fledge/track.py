@@ -125,7 +125,12 @@ def read_json(path: Path, default: Any) -> Any:
 def identity(config: StageConfig, parents: Mapping[str, str]) -> dict[str, Any]:
     """What makes a run this run: its science, its parents' digests by role, the content of its data. JSON."""
     data = {key: section.fingerprint() for key, section in data_sections(config).items()}
-    return {"stage": config.stage, "config": science(config), "parents": dict(parents), "data": data}
+    found = {"stage": config.stage, "config": science(config), "parents": dict(parents), "data": data}
+    if earlier := getattr(getattr(config, "train", None), "extend_from", None):
+        from fledge import extend
+
+        found["extends"] = extend.fingerprint(earlier, found)
+    return found
 
 
 def said(identity: Any) -> Any:
@@ -569,12 +574,15 @@ class Run:
         if self._wandb is not None:
             self._wandb.send(step, values)
 
-    def truncate(self, step: int) -> None:
-        """The run goes on at `step`: what was logged from there on happens again, so it is dropped."""
+    def truncate(self, step: int, earlier: Path | None = None) -> None:
+        """The run goes on at `step`: what was logged from there on happens again, so it is dropped.
+
+        A run that begins where another one was has that one's numbers before `step`: `earlier` is its folder.
+        """
         if not self.main:
             return
         path = self.dir / "metrics.jsonl"
-        kept = [r for r in read_metrics(path) if r["step"] < step]
+        kept = [r for r in read_metrics((earlier or self.dir) / "metrics.jsonl") if r["step"] < step]
         self._close_metrics()
         write_atomic(path, "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in kept))
         self._open_metrics()

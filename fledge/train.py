@@ -17,6 +17,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -24,7 +25,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from fledge import checkpoint, distributed, preempt
+from fledge import checkpoint, distributed, extend, preempt
 from fledge.config import Config, Duration, bookkeeping, hardware, nearest
 from fledge.errors import InputError, Preempted, RunError
 from fledge.health import Nonfinite, NotFinite, Policy, Watchdog, same_everywhere
@@ -62,8 +63,8 @@ class TrainConfig(Config):
     on_nonfinite: Policy = "stop"
     """When a loss or the gradient is not finite, on any rank: stop; skip the step, ending after ten in a row; or roll
     back to the newest checkpoint, once for each, and leave out the batches that led from there to here."""
-    micro_batch: PositiveInt | None = hardware(None)
-    """The most rows of one forward on one rank; None: all of them."""
+    micro_batch: PositiveInt | Literal["auto"] | None = hardware(None)
+    """The most rows of one forward on one rank; None: all of them; auto: as many as fit, found before step 0."""
     workers: int = hardware(0, ge=0)
     """Processes that prepare batches ahead; 0: none."""
     device: Literal["auto", "cuda", "mps", "cpu"] = hardware("auto")
@@ -73,6 +74,8 @@ class TrainConfig(Config):
     """torch.compile on each backbone block; on CPU the first step takes about a minute."""
     deterministic: bool = hardware(False)
     """Only deterministic kernels (needed for bitwise resume on GPUs)."""
+    extend_from: str | None = hardware(None)
+    """The folder of a shorter run of the same config, to begin where it was: `fledge/extend.py`."""
     log_every: PositiveInt = bookkeeping(1)
     save_every: PositiveInt = bookkeeping(100)
     keep: PositiveInt = bookkeeping(2)
@@ -89,6 +92,11 @@ class TrainConfig(Config):
         if self.select is not None and not self.eval_every:
             raise ValueError("select needs eval_every: the steps between the evaluations that it chooses by")
         return self
+
+    @property
+    def most_rows(self) -> int | None:
+        """``micro_batch`` where it is a number, for forwards beside the steps."""
+        return None if self.micro_batch == "auto" else self.micro_batch
 
     def also_science(self) -> set[str]:
         """Only what was evaluated can be chosen."""
@@ -188,106 +196,265 @@ def fit(
     if config.compile:
         for block in blocks:
             block.compile()
-    model = distributed.wrap(objective)
+    training = Training(distributed.wrap(objective), stream, optim, config, run, steps, seed, evaluate)
     if run.export is not None:
-        take(objective, run.export.checkpoint, steps, "exported", run)
+        training.take(run.export.checkpoint, "exported")
         return
-    odd = Nonfinite(config.on_nonfinite)
-    start, best = resume(objective, optim, stream, run, odd)
+    training.resume()
     if config.select is not None:
-        check_select(config.select, evaluate, start)
-    step = start
-    model.train()  # transformers reads models in eval mode; an objective that wants no dropout overrides train()
-    batches = load_ahead(stream, range(start, steps), config)
-    warm = distributed.world_size() == 1
-    with run.progress(steps, start) as progress, Watchdog(config.watchdog, run.dir / "logs") as watchdog:
-        while step < steps:
-            watchdog.beat(f"step {step}")
-            began = time.perf_counter()
-            stream.begin(step)
-            batch, micro = next(batches)
-            waited = time.perf_counter() - began
-            if step in odd.left_out:
-                batch = None
-                run.log(step, {"train/nonfinite": odd.total})
-            if batch is not None:
-                batch = {name: tensor.to(distributed.device(), non_blocking=True) for name, tensor in batch.items()}
-                micro_batches = [rows_of(batch, piece) for piece in micro]
+        check_select(config.select, evaluate, training.step)
+    if config.micro_batch == "auto":
+        training.fit_micro_batch()
+    training.go_on()
+    if config.select is not None:
+        training.take_best(config.select)
+
+
+class Training:
+    """One call of ``fit``: where it is, and what its parts share."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stream: Any,
+        optim: Optim,
+        config: TrainConfig,
+        run: "Run",
+        steps: int,
+        seed: int,
+        evaluate: Callable[[int], dict[str, float]] | None,
+    ) -> None:
+        self.model, self.objective, self.stream, self.optim = model, unwrap(model), stream, optim
+        self.config, self.run, self.steps, self.seed, self.evaluate = config, run, steps, seed, evaluate
+        self.step = 0
+        self.odd = Nonfinite(config.on_nonfinite)
+        self.best: Best | None = None
+        self.found: int | None = None  # the micro-batch that `auto` came to
+        self.warm = distributed.world_size() == 1
+        self.watchdog = Watchdog(config.watchdog, run.dir / "logs")
+
+    def go_on(self) -> None:
+        """From ``self.step`` to the end."""
+        self.model.train()  # transformers reads models in eval mode; an objective without dropout overrides train()
+        batches = self.batches()
+        with self.run.progress(self.steps, self.step) as progress, self.watchdog:
+            while self.step < self.steps:
+                self.watchdog.beat(f"step {self.step}")
+                began = time.perf_counter()
+                self.stream.begin(self.step)
+                batch, micro = next(batches)
+                waited = time.perf_counter() - began
                 try:
-                    if not warm:
-                        warm = settle_buckets(model, micro_batches[-1], step, config.precision)
-                    means, norm = update(model, micro_batches, step, optim, seed=seed, precision=config.precision)
-                except torch.OutOfMemoryError as error:
-                    raise RunError(out_of_memory(error, step, micro, config, run)) from None
+                    values = self.learn(batch, micro)
                 except NotFinite as error:
-                    resumed, best = recover(error, step, odd, best, objective, optim, stream, run)
-                    if resumed <= step:
-                        step, batches = resumed, load_ahead(stream, range(resumed, steps), config)
-                        progress.step = resumed
+                    if self.rolled_back(error):
+                        batches, progress.step = self.batches(), self.step
                         continue
-                    progress.update()
-                else:
-                    odd.in_a_row = 0
-                    stream.observe(step, means)
-                    values = scalars(means, unwrap(model).weights) | {"grad_norm": norm.item(), "lr": optim.lr(step)}
-                    seconds = time.perf_counter() - began
-                    if step % config.log_every == 0 or step == steps - 1:
-                        speed = stream.batch / seconds
-                        timing = {"time/step": seconds, "time/data": waited, "time/rows_per_second": speed}
-                        run.log(step, {f"train/{name}": value for name, value in values.items()} | timing)
-                    progress.update(values, rows=stream.batch)
-            else:
-                progress.update()
-            step += 1
-            last, best_before = step == steps, best
-            if config.drift_every and step % config.drift_every == 0:
-                same_everywhere(checkpoint.module_tensors(objective), step - 1)
-            if evaluate and config.eval_every and (step % config.eval_every == 0 or last and config.select):
-                watchdog.beat(f"the evaluation after step {step - 1}")
-                measured = {f"eval/{name}": value for name, value in evaluate(step - 1).items()}
-                run.log(step - 1, measured)
-                model.train()
-                best = better(config.select, best, step, measured)
-            stopping = distributed.any_rank(preempt.asked() is not None)
-            if stopping or last or step % config.save_every == 0 or best is not best_before:
-                watchdog.beat(f"the save after step {step - 1}")
-                save(objective, optim, stream, run, step, config.keep, odd, best)
-            if stopping:
-                raise Preempted(f"{run.name}: stopped by {preempt.asked() or 'another rank'}, saved at step {step}")
-    if config.select is not None:
-        if best is None:
-            raise RunError(f"{run.name}: {config.select.metric} was never a finite number: no checkpoint is the best")
-        chosen = checkpoint.find(run.dir / "checkpoints", best["step"])
-        take(objective, chosen, steps, f"the best by {config.select.metric}, {best['value']:.6g}", run)
+                    values = {}
+                if values:
+                    self.log(values, time.perf_counter() - began, waited)
+                progress.update(values, rows=self.stream.batch if values else 0)
+                self.step += 1
+                self.between_steps()
 
+    def batches(self) -> Iterator[tuple[Batch | None, list[slice]]]:
+        return load_ahead(self.stream, range(self.step, self.steps), self.config)
 
-def recover(
-    error: NotFinite,
-    step: int,
-    odd: Nonfinite,
-    best: Best | None,
-    objective: nn.Module,
-    optim: Optim,
-    stream: Any,
-    run: "Run",
-) -> tuple[int, Best | None]:
-    """Do what ``on_nonfinite`` says about a step that was not finite; returns the step to go on with, and the best one.
+    def learn(self, batch: Batch | None, micro: list[slice]) -> dict[str, float]:
+        """One update, and its numbers; none where the stream has no rows, or a roll-back leaves the step out.
 
-    Raises:
-        RunError: nothing is left to do about it.
-    """
-    try:
-        odd.met()
-        if odd.policy == "skip":
-            run.log(step, {"train/nonfinite": odd.total})
-            run.say(f"{error}; it is skipped ({odd.total} so far)")
-            return step + 1, best
-        found = checkpoint.newest(run.dir / "checkpoints")
-        odd.back(found.step if found else None, step)
-    except RunError as reason:
-        raise RunError(explain(error, reason, run)) from None
-    run.say(f"{error}; back to the last checkpoint, and on without the batches of steps {odd.left_out[0]} to {step}")
-    return resume(objective, optim, stream, run)
+        Raises:
+            NotFinite: as ``update``.
+            RunError: out of memory.
+        """
+        step, config = self.step, self.config
+        if step in self.odd.left_out:
+            self.run.log(step, {"train/nonfinite": self.odd.total})
+            return {}
+        if batch is None:
+            return {}
+        batch = {name: tensor.to(distributed.device(), non_blocking=True) for name, tensor in batch.items()}
+        micro_batches = [rows_of(batch, piece) for piece in micro]
+        try:
+            if not self.warm:
+                self.warm = settle_buckets(self.model, micro_batches[-1], step, config.precision)
+            means, norm = update(
+                self.model, micro_batches, step, self.optim, seed=self.seed, precision=config.precision
+            )
+        except torch.OutOfMemoryError as error:
+            raise RunError(out_of_memory(error, step, micro, config, self.run)) from None
+        self.odd.in_a_row = 0
+        self.stream.observe(step, means)
+        return scalars(means, self.objective.weights) | {"grad_norm": norm.item(), "lr": self.optim.lr(step)}
+
+    def log(self, values: dict[str, float], seconds: float, waited: float) -> None:
+        if self.step % self.config.log_every == 0 or self.step == self.steps - 1:
+            speed = self.stream.batch / seconds
+            timing = {"time/step": seconds, "time/data": waited, "time/rows_per_second": speed}
+            self.run.log(self.step, {f"train/{name}": value for name, value in values.items()} | timing)
+
+    def between_steps(self) -> None:
+        """Whatever is due behind ``self.step`` steps: look whether the ranks agree, evaluate, save, leave.
+
+        Raises:
+            RunError: the ranks' parameters differ, or the checkpoint could not be written.
+            Preempted: some rank was asked to stop.
+        """
+        step, config = self.step, self.config
+        last, improved = step == self.steps, False
+        if config.drift_every and step % config.drift_every == 0:
+            same_everywhere(checkpoint.module_tensors(self.objective), step - 1)
+        if self.evaluate and config.eval_every and (step % config.eval_every == 0 or last and config.select):
+            improved = self.measure(self.evaluate)
+        stopping = distributed.any_rank(preempt.asked() is not None)
+        due = step % config.save_every == 0 or step == self.optim.same_until
+        if stopping or last or improved or due:
+            self.watchdog.beat(f"the save after step {step - 1}")
+            self.save()
+        if stopping:
+            raise Preempted(f"{self.run.name}: stopped by {preempt.asked() or 'another rank'}, saved at step {step}")
+
+    def measure(self, evaluate: Callable[[int], dict[str, float]]) -> bool:
+        """Evaluate the last step; whether it is the best one so far."""
+        self.watchdog.beat(f"the evaluation after step {self.step - 1}")
+        measured = {f"eval/{name}": value for name, value in evaluate(self.step - 1).items()}
+        self.run.log(self.step - 1, measured)
+        self.model.train()
+        before, self.best = self.best, better(self.config.select, self.best, self.step, measured)
+        return self.best is not before
+
+    def rolled_back(self, error: NotFinite) -> bool:
+        """Do what ``on_nonfinite`` says: True where the run has gone back, False where it leaves out this step.
+
+        Raises:
+            RunError: nothing is left to do about it.
+        """
+        step, run, odd = self.step, self.run, self.odd
+        try:
+            odd.met()
+            if odd.policy == "skip":
+                run.log(step, {"train/nonfinite": odd.total})
+                run.say(f"{error}; it is skipped ({odd.total} so far)")
+                return False
+            found = checkpoint.newest(run.dir / "checkpoints")
+            odd.back(found.step if found else None, step)
+        except RunError as reason:
+            raise RunError(explain(error, reason, run)) from None
+        run.say(f"{error}; back to the last checkpoint, and on without the batches of {odd.left_out[0]} to {step}")
+        self.resume(rolling_back=True)
+        return True
+
+    # -- checkpoints
+
+    def save(self) -> None:
+        """Save all that the next step depends on: parameters, buffers, optimiser, the stream's own state, which steps
+        were not finite, and which checkpoint was the best so far. That one is not pruned."""
+        tensors, state = self.stream.state()
+        parts = {
+            "model": checkpoint.module_tensors(self.objective),
+            "optim": checkpoint.optimizer_tensors(self.optim.optimizer, self.objective),
+            "stream": tensors,
+        }
+        states = {"stream": state, "nonfinite": self.odd.state(), "as_longer": self.step <= self.optim.same_until}
+        states |= {"best": self.best} if self.best else {}
+        states |= {"micro_batch": self.found} if self.found else {}
+        spare = {self.optim.same_until} | ({self.best["step"]} if self.best else set())
+        checkpoint.save(self.run.dir / "checkpoints", self.step, parts, states, self.config.keep, spare)
+        self.run.note_best(self.best)
+
+    def resume(self, rolling_back: bool = False) -> None:
+        """Load the newest verified checkpoint, if there is one. A run that rolls back keeps its own ``odd``, which
+        knows why."""
+        found = checkpoint.newest(self.run.dir / "checkpoints")
+        begins = self.config.extend_from if found is None else None
+        if begins is not None:
+            found = self.origin(begins)
+        if found is not None:
+            checkpoint.load_module(self.objective, found.tensors("model"))
+            checkpoint.load_optimizer(self.optim.optimizer, self.objective, found.tensors("optim"))
+            self.stream.load(found.tensors("stream"), found.state["stream"])
+            if not rolling_back:
+                self.odd.load(found.state["nonfinite"])
+            self.found = found.state.get("micro_batch")
+            self.run.say(f"resumed at step {found.step} from {found.path}")
+        self.step = found.step if found else 0
+        # The best of another run is no checkpoint of this one.
+        self.best = found.state.get("best") if found and begins is None else None
+        self.run.truncate(self.step, Path(begins) if begins else None)
+        self.run.note_best(self.best)
+
+    def origin(self, folder: str) -> checkpoint.Checkpoint:
+        """The checkpoint of a shorter run that this one begins from.
+
+        Raises:
+            InputError: this run is no longer than that.
+        """
+        step, exact = extend.origin(folder)
+        if step >= self.steps:
+            raise InputError(f"train.extend_from: {folder} is at step {step}, train.steps {self.steps}; ask for more")
+        if not exact:
+            self.run.say(
+                f"the rate of {folder} followed from its length; from step {step} on it is that of the longer run, but "
+                "the end is not what it would have been from the first step"
+            )
+        return checkpoint.find(Path(folder) / "checkpoints", step)
+
+    def fit_micro_batch(self) -> None:
+        """Halve the rows of a forward until a step fits in memory beside the optimiser's state, on every rank.
+
+        What an earlier process of this run found is tried first: another number is the same but for rounding, the same
+        one is the same bit for bit. Tried without DDP, where a rank without memory would leave the others waiting.
+
+        Raises:
+            InputError: the rows are made by the model itself.
+            RunError: not even one row fits.
+        """
+        if self.stream.on_policy:
+            raise InputError(
+                "train.micro_batch: auto tries the first batch, but here the model makes it; give a number"
+            )
+        whole = self.config.model_copy(update={"micro_batch": None})
+        batch, pieces = _Steps(self.stream, whole, distributed.rank(), distributed.world_size())[self.step]
+        assert batch is not None
+        rows = pieces[0].stop
+        most = min(self.found or rows, rows)
+        while distributed.any_rank(not self.fits(rows_of(batch, slice(0, most)))):
+            if most == 1:
+                raise RunError(f"{self.run.name}: out of memory with one row; train.grad_checkpointing=true may help")
+            most = -(-most // 2)
+        self.found = most
+        self.config = self.config.model_copy(update={"micro_batch": most})
+        self.run.say(f"micro-batches of {most} rows" + (" (a whole rank's)" if most == rows else ""))
+
+    def fits(self, rows: Batch) -> bool:
+        """Is there memory for forward, backward and optimiser state? Nothing is learned."""
+        device = distributed.device()
+        parameters = [p for p in self.objective.parameters() if p.requires_grad]
+        copies = 0 if self.optim.optimizer.state else 2  # Adam's two averages; DDP's flat gradients come on top
+        copies += distributed.world_size() > 1
+        try:
+            held = [torch.empty_like(p) for p in parameters for _ in range(copies)]
+            backward_alone(self.objective, {k: x.to(device) for k, x in rows.items()}, self.step, self.config.precision)
+            del held
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            self.optim.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        return True
+
+    def take(self, found: checkpoint.Checkpoint, why: str) -> None:
+        """Put a checkpoint's parameters and buffers into the objective: it is what will be handed over."""
+        checkpoint.load_module(self.objective, found.tensors("model"))
+        self.run.taken = {"step": found.step, "of": self.steps, "why": why}
+        self.run.say(f"step {found.step} of {self.steps} is handed over ({why})")
+
+    def take_best(self, select: Select) -> None:
+        if self.best is None:
+            raise RunError(f"{self.run.name}: {select.metric} was never a finite number: no checkpoint is the best")
+        chosen = checkpoint.find(self.run.dir / "checkpoints", self.best["step"])
+        self.take(chosen, f"the best by {select.metric}, {self.best['value']:.6g}")
 
 
 def explain(error: NotFinite, reason: RunError, run: "Run") -> str:
@@ -316,63 +483,6 @@ def scalars(means: Means, weights: dict[str, float]) -> dict[str, float]:
     """What is logged: the means that are one number, and ``loss``, the weighted sum of the loss terms."""
     values = {name: value.item() for name, value in means.items() if value.numel() == 1}
     return {"loss": sum(weight * values[name] for name, weight in weights.items())} | values
-
-
-# ---------------------------------------------------------------------------------------------------------- resume
-
-
-def save(
-    objective: nn.Module,
-    optim: Optim,
-    stream: Any,
-    run: "Run",
-    step: int,
-    keep: int,
-    odd: Nonfinite,
-    best: Best | None = None,
-) -> None:
-    """Save all that step ``step`` depends on: parameters, buffers, optimiser, the stream's own state, which steps were
-    not finite, and which checkpoint was the best so far. That one is not pruned."""
-    tensors, state = stream.state()
-    parts = {
-        "model": checkpoint.module_tensors(objective),
-        "optim": checkpoint.optimizer_tensors(optim.optimizer, objective),
-        "stream": tensors,
-    }
-    states = {"stream": state, "nonfinite": odd.state()} | ({"best": best} if best else {})
-    checkpoint.save(run.dir / "checkpoints", step, parts, states, keep, best["step"] if best else None)
-    run.note_best(best)
-
-
-def resume(
-    objective: nn.Module, optim: Optim, stream: Any, run: "Run", odd: Nonfinite | None = None
-) -> tuple[int, Best | None]:
-    """Load the newest verified checkpoint, if there is one; the step to go on with, and the best one until there.
-
-    A run that rolls back keeps its own ``odd``, which knows why.
-    """
-    found = checkpoint.newest(run.dir / "checkpoints")
-    if found is None:
-        run.truncate(0)
-        run.note_best(None)
-        return 0, None
-    checkpoint.load_module(objective, found.tensors("model"))
-    checkpoint.load_optimizer(optim.optimizer, objective, found.tensors("optim"))
-    stream.load(found.tensors("stream"), found.state["stream"])
-    if odd is not None:
-        odd.load(found.state["nonfinite"])
-    run.truncate(found.step)
-    run.say(f"resumed at step {found.step} from {found.path}")
-    best = found.state.get("best")
-    run.note_best(best)
-    return found.step, best
-
-
-def take(objective: nn.Module, found: checkpoint.Checkpoint, steps: int, why: str, run: "Run") -> None:
-    """Put a checkpoint's parameters and buffers into the objective: it is what will be handed over."""
-    checkpoint.load_module(objective, found.tensors("model"))
-    run.taken = {"step": found.step, "of": steps, "why": why}
-    run.say(f"step {found.step} of {steps} is handed over ({why})")
 
 
 # ---------------------------------------------------------------------------------------------------------- select
@@ -410,12 +520,17 @@ def settle_buckets(model: nn.Module, micro_batch: Batch, step: int, precision: s
     DDP rebuilds its buckets after a process's first backward, which changes the order of sums from 4 ranks on; without
     this a resumed run would differ from an uninterrupted one.
     """
+    backward_alone(model, micro_batch, step, precision)
+    model.zero_grad(set_to_none=True)
+    return True
+
+
+def backward_alone(model: nn.Module, micro_batch: Batch, step: int, precision: str) -> None:
+    """Forward and backward of these rows, for their side effects: the gradient is that of no global batch."""
     counts = unwrap(model).counts(micro_batch)
     with autocast(precision):
         outputs = model(micro_batch, step)
     torch.stack([outputs[name] / max(counts[name], 1) for name in unwrap(model).weights]).sum().backward()
-    model.zero_grad(set_to_none=True)
-    return True
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -431,7 +546,7 @@ class _Steps(torch.utils.data.Dataset):
         ids = self.stream.ids(step)
         if ids is None:
             return None, []
-        mine, micro = share(len(ids), self.rank, self.world, self.config.micro_batch)
+        mine, micro = share(len(ids), self.rank, self.world, self.config.most_rows)
         return self.stream.fetch(ids[mine], step), micro
 
 

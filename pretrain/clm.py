@@ -21,11 +21,12 @@ from fledge.data.text import IGNORE, Packed, TextConfig
 from fledge.data.tokenizer import TokenizerConfig
 from fledge.evals.language import ByteTrigram, PerDocument, bits_per_byte, causal_logits, score_documents
 from fledge.evals.score import Score, bootstrap
+from fledge.evals.validation import validation
 from fledge.models import language
 from fledge.models.language import CausalConfig, decay_exempt, document_mask, next_token_loss
 from fledge.models.sampling import sample
 from fledge.optim import OptimConfig, adamw, decay_groups
-from fledge.stream import Batch, DataStream, derive
+from fledge.stream import Batch, DataStream, Rows, derive
 from fledge.track import Run, TrackConfig
 from fledge.train import TrainConfig, fit
 
@@ -168,12 +169,17 @@ def main(config: Config) -> artifact.Artifact:
             torch.manual_seed(derive("init", config.seed))
             return language.read(parents["init"]) if "init" in parents else language.build_causal(config.model, tokens)
 
+        def held_out() -> tuple[int, Rows]:
+            rows = Packed(config.data, tokens, "validation", style="causal")
+            return len(rows), rows.rows
+
         objective = CLM(untrained())
         stream = DataStream(len(train), train.rows, batch=config.train.batch, seed=config.seed, what="data")
         steps = resolve(config.train.steps, stream.steps_per_epoch)
         groups = decay_groups(objective, decay_exempt)
         optim = adamw(groups, config.optim, batch=stream.batch, steps=steps, steps_per_epoch=stream.steps_per_epoch)
-        fit(objective, stream, optim, config.train, run, steps=steps, seed=config.seed)
+        watch = validation(objective, config.train, held_out)
+        fit(objective, stream, optim, config.train, run, steps=steps, seed=config.seed, evaluate=watch)
 
         model = objective.model.eval()
         scores = []

@@ -17,6 +17,7 @@ from fledge.config import Config as BaseConfig
 from fledge.config import Duration, StageConfig, parent, resolve
 from fledge.data.augment import AugmentConfig, denormalise
 from fledge.data.images import Images, ImagesConfig, augmented, eval_batch
+from fledge.evals.validation import validation
 from fledge.evals.vision import VisionEval, evaluate
 from fledge.models import vit
 from fledge.models.vit import ViTConfig
@@ -267,14 +268,21 @@ def main(config: Config) -> artifact.Artifact:
                 run.say(vit.load(mae.encoder, config.model, parents["init"]))
             return mae
 
+        def rows(pictures: Images) -> MaskedImages:
+            return MaskedImages(augmented(pictures, config.augment), config.model.num_patches)
+
+        def held_out() -> tuple[int, MaskedImages]:
+            pictures = config.data.held_out().open()
+            return len(pictures), rows(pictures)
+
         mae = untrained()
-        rows = MaskedImages(augmented(images, config.augment), config.model.num_patches)
-        stream = DataStream(len(images), rows, batch=config.train.batch, seed=config.seed)
+        stream = DataStream(len(images), rows(images), batch=config.train.batch, seed=config.seed)
         steps = resolve(config.train.steps, stream.steps_per_epoch)
         optim = adamw(
             decay_groups(mae), config.optim, batch=stream.batch, steps=steps, steps_per_epoch=stream.steps_per_epoch
         )
-        fit(mae, stream, optim, config.train, run, steps=steps, seed=config.seed)
+        watch = validation(mae, config.train, held_out)
+        fit(mae, stream, optim, config.train, run, steps=steps, seed=config.seed, evaluate=watch)
 
         mae.eval()
         view = config.augment.evaluation(resize=config.augment.size)

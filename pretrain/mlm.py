@@ -21,6 +21,7 @@ from fledge.data.text import IGNORE, Packed, TextConfig, mask_tokens, maskable
 from fledge.data.tokenizer import TokenizerConfig
 from fledge.evals.language import neighbour_bigram, score_documents
 from fledge.evals.score import Score, bootstrap
+from fledge.evals.validation import validation
 from fledge.models import language
 from fledge.models.language import EncoderConfig, decay_exempt, document_mask
 from fledge.optim import OptimConfig, adamw, decay_groups
@@ -231,6 +232,10 @@ def main(config: Config) -> artifact.Artifact:
                 return MLM(language.read(parents["init"], "AutoModelForMaskedLM"))
             return MLM(language.build_encoder(config.model, tokens))
 
+        def held_out() -> tuple[int, MaskedRows]:
+            rows = Packed(config.data, tokens, "validation", style="encoder")
+            return len(rows), MaskedRows(rows, tokens, config)
+
         objective = untrained()
         stream = DataStream(
             len(train), MaskedRows(train, tokens, config), batch=config.train.batch, seed=config.seed, what="data"
@@ -240,7 +245,8 @@ def main(config: Config) -> artifact.Artifact:
         optim = adamw(
             groups, config.optim, batch=config.train.batch, steps=steps, steps_per_epoch=stream.steps_per_epoch
         )
-        fit(objective, stream, optim, config.train, run, steps=steps, seed=config.seed)
+        watch = validation(objective, config.train, held_out)
+        fit(objective, stream, optim, config.train, run, steps=steps, seed=config.seed, evaluate=watch)
 
         objective.eval()
         scores = []

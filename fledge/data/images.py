@@ -79,6 +79,20 @@ class PictureConfig(DataConfig):
     def mode(self) -> str:
         return "L" if self.channels == 1 else "RGB"
 
+    def held_out(self) -> Self:
+        """The validation split of what is trained on.
+
+        Raises:
+            InputError: training has it all.
+        """
+        source, split, holdout = (getattr(self, name) for name in ("source", "split", "holdout"))
+        if split != "train" or source != "world" and holdout == 0:
+            raise InputError(
+                f"data: split {split} with holdout {holdout} leaves nothing to evaluate on while training; use split: "
+                "train with a holdout, such as 0.05 (the world has its own), or train.eval_every: 0"
+            )
+        return self.model_copy(update={"split": "validation"})
+
 
 class ImagesConfig(PictureConfig):
     """Pictures, with labels where the source has them."""

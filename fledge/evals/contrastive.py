@@ -3,6 +3,7 @@
 N pictures, K captions, T tokens, D features.
 """
 
+import hashlib
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -79,6 +80,21 @@ def embed_texts(clip: Encoders, table: dict[str, Tensor], batch: int = 256) -> T
     return torch.cat([clip.encode_text(*part.to(distributed.device())).cpu() for part in stacked.split(batch, dim=1)])
 
 
+class Pictures:
+    """One model's features of pictures; those that were asked for before are not embedded again."""
+
+    def __init__(self, model: Encoders) -> None:
+        self.model, self.known = model, dict[bytes, Tensor]()
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, D) on the CPU."""
+        names = [hashlib.blake2b(picture.numpy().tobytes()).digest() for picture in pixels]
+        new = {name: i for i, name in enumerate(names) if name not in self.known}
+        if new:
+            self.known.update(zip(new, embed_images(self.model, pixels[list(new.values())]), strict=True))
+        return torch.stack([self.known[name] for name in names])
+
+
 class Embedded(NamedTuple):
     image: Tensor  # (N, D)
     text: Tensor  # (K, D)
@@ -102,8 +118,8 @@ class HeldOut(NamedTuple):
         pixels = eval_batch(pairs.images, [picture for _, picture in pictures], view)
         return cls(captions, tokenize(tokens, captions, max_length), pixels, torch.tensor([n for n, _ in pictures]))
 
-    def embedded(self, model: Encoders) -> Embedded:
-        return Embedded(embed_images(model, self.pixels), embed_texts(model, self.text))
+    def embedded(self, pictures: Pictures) -> Embedded:
+        return Embedded(pictures(self.pixels), embed_texts(pictures.model, self.text))
 
 
 def retrieval(after: Embedded, before: Embedded, held: HeldOut) -> list[Score]:
@@ -148,7 +164,7 @@ def prompts_of(config: ZeroShot, images: Images) -> list[list[str]]:
 
 
 def zero_shot(
-    clip: Encoders, before: Encoders, config: ZeroShot, view: EvalConfig, tokens: Any, max_length: int
+    clip: Pictures, before: Pictures, config: ZeroShot, view: EvalConfig, tokens: Any, max_length: int
 ) -> Score:
     """Accuracy of naming the class of held-out pictures, averaged over the classes that occur.
 
@@ -161,9 +177,9 @@ def zero_shot(
     prompts, ids = prompts_of(config, images), list(range(len(images)))
     pixels, labels = eval_batch(images, ids, view), torch.tensor(list(images.labels))
 
-    def right(model: Encoders) -> np.ndarray:
-        classes = class_embeddings(lambda texts: embed_texts(model, tokenize(tokens, texts, max_length)), prompts)
-        return zero_shot_correct(embed_images(model, pixels), classes, labels).numpy()
+    def right(model: Pictures) -> np.ndarray:
+        classes = class_embeddings(lambda texts: embed_texts(model.model, tokenize(tokens, texts, max_length)), prompts)
+        return zero_shot_correct(model(pixels), classes, labels).numpy()
 
     frequency = labels.bincount(minlength=len(images.classes))
     K, weights = int((frequency > 0).sum()), (1 / frequency[labels]).double().numpy()
@@ -200,6 +216,7 @@ def evaluate(
 ) -> tuple[list[Score], Any]:
     """The scores beside those of ``before``, and a sheet of what held-out captions find (a PIL image)."""
     held = HeldOut.open(config, view, tokens, max_length)
-    named = [zero_shot(clip, before, config.zero_shot, view, tokens, max_length)] if config.zero_shot else []
-    after = held.embedded(clip)
-    return named + retrieval(after, held.embedded(before), held), retrieval_sheet(after, held, view)
+    pictures = Pictures(clip), Pictures(before)
+    named = [zero_shot(*pictures, config.zero_shot, view, tokens, max_length)] if config.zero_shot else []
+    after, first = (held.embedded(of) for of in pictures)
+    return named + retrieval(after, first, held), retrieval_sheet(after, held, view)

@@ -123,7 +123,7 @@ def test_a_part_of_the_batch_is_refused():
     objective, batch = build("clip")
     with pytest.raises(ValueError, match="are not the batch of 8"):
         objective(rows_of(batch, slice(0, 4)), 0)
-    with pytest.raises(InputError, match="train.micro_batch 4 is smaller than the 8 pairs"):
+    with pytest.raises(InputError, match="train.micro_batch 4 may be less than the 8 pairs"):
         clip.check_batch(TrainConfig(batch=16, steps=1, micro_batch=4), world=2)
     with pytest.raises(InputError, match="train.batch 15 is not a multiple of the 2 ranks"):
         clip.check_batch(TrainConfig(batch=15, steps=1), world=2)

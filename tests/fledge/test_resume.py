@@ -42,7 +42,8 @@ class Case:
 
 
 def train(batch: int = 8, **more: Any) -> dict[str, Any]:
-    return {"batch": batch, "steps": STEPS, "precision": "fp32", "device": "cpu", "save_every": 3} | more
+    often = {"save_every": 3, "eval_every": 4}
+    return {"batch": batch, "steps": STEPS, "precision": "fp32", "device": "cpu", **often} | more
 
 
 def data(path: str, **more: Any) -> dict[str, Any]:
@@ -56,7 +57,7 @@ CASES = {
     "mae": Case(
         "pretrain.mae",
         {
-            "data": PICTURES,
+            "data": {**PICTURES, "holdout": 0.3},
             "augment": {"size": 16, **VIEW},
             "model": VIT,
             "decoder": {"embed_dim": 8, "depth": 1, "num_heads": 2},
@@ -77,7 +78,7 @@ CASES = {
             "warmup_teacher_temp_epochs": 2,
             "optim": {"warmup": 2, "lr": 0.01, "freeze_last_layer": 5},
             "evaluation": {"method": "knn", "k": 3, "fit": PICTURES, "test": PICTURES},
-            "train": train(micro_batch=3, eval_every=4),
+            "train": train(micro_batch=3),
         },
         workers=2,
     ),
@@ -136,7 +137,7 @@ CASES = {
     "clip": Case(
         "align.clip",
         {
-            "data": {"path": "pairs.jsonl", "channels": 1},
+            "data": {"path": "pairs.jsonl", "channels": 1, "holdout": 0.3},
             "augment": {"size": 16, "scale": [0.5, 1.0], **VIEW},
             "text_model": {"dropout": 0.1},
             "projection_dim": 8,
@@ -330,6 +331,7 @@ def test_killed_at_random_moments(world, name, tmp_path):
     assert_same_run(run_of(name, tmp_path), truth)
     if CASES[name].steps:
         assert [r["step"] for r in curve(truth) if "train/loss" in r] == list(range(CASES[name].steps))
+        assert [r["step"] for r in curve(truth) if any(k.startswith("eval/") for k in r)] == [3, 7, 11]
 
 
 # ------------------------------------------------------------------------------------------------- ranks and batches
