@@ -438,7 +438,7 @@ def enumerate_policy(model, prompts, vocab, T):
     return torch.stack(rows), every
 
 
-def optimise(seed, beta=0.5, iterations=60, symbols=4, T=2, lr=3e-3):
+def optimise(seed, beta=0.5, iterations=120, symbols=4, T=3, lr=3e-3):
     """(J of the reference, J of the trained policy, the attainable J*), all by enumeration."""
     prompts = [[0], [1], [2]]
     policy = gpt2(seed, symbols, n_positions=8, n_embd=32, initializer_range=0.1)
@@ -483,7 +483,7 @@ def optimise(seed, beta=0.5, iterations=60, symbols=4, T=2, lr=3e-3):
     return J(log_ref), J(enumerate_policy(policy, prompts, symbols, T)[0]), best
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_known_optimum_is_reached_and_never_passed(seed):
     """J = E[r] - β KL is greatest at π_ref exp(r / β) / Z, where it is β log Z."""
     start, found, best = optimise(seed)
