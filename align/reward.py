@@ -91,6 +91,10 @@ class RewardModel(nn.Module):
         """Pairs."""
         return dict.fromkeys(("loss", "accuracy", "margin", "centre"), len(batch["chosen_ids"]))
 
+    def tokens(self, batch: Batch) -> int:
+        """Tokens that are not padding."""
+        return int(batch["chosen_mask"].sum() + batch["rejected_mask"].sum())
+
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         chosen, rejected = self.pair_rewards(batch)  # (B,), (B,)
         margin = (chosen - rejected).detach()

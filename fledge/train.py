@@ -6,6 +6,7 @@ An objective is an ``nn.Module`` with
 - ``counts(batch) -> {name: int}``: how many tokens, patches or pairs each output sums over, known before the forward;
 - ``forward(batch, step) -> {name: sum}``: scalar sums of the loss terms, and detached statistics of any shape;
 - optionally ``after_step(step, means)``: every sum over its count, over all ranks and micro-batches of the step.
+- optionally ``tokens(batch) -> int``: how many tokens it holds, for the tokens a second.
 
 The loop backpropagates Σ weight · sum · world_size / max(count, 1), where DDP averages over the world: the gradient is
 that of the global batch, however it was cut. The forward changes no buffer; what a method must remember it changes in
@@ -30,6 +31,7 @@ from fledge.errors import InputError, Preempted, RunError
 from fledge.health import Nonfinite, NotFinite, Policy, Watchdog, same_everywhere
 from fledge.optim import Optim
 from fledge.stream import Batch, derive, rows_of, share
+from fledge.throughput import Meter
 
 if TYPE_CHECKING:
     from fledge.track import Run
@@ -199,7 +201,7 @@ def fit(
     step = start
     model.train()  # transformers reads models in eval mode; an objective that wants no dropout overrides train()
     batches = load_ahead(stream, range(start, steps), config)
-    warm = distributed.world_size() == 1
+    warm, meter = distributed.world_size() == 1, Meter(objective, config, run)
     with run.progress(steps, start) as progress, Watchdog(config.watchdog, run.dir / "logs") as watchdog:
         while step < steps:
             watchdog.beat(f"step {step}")
@@ -216,6 +218,7 @@ def fit(
                 try:
                     if not warm:
                         warm = settle_buckets(model, micro_batches[-1], step, config.precision)
+                    meter.count(settle_buckets, micro_batches[0], step)
                     means, norm = update(model, micro_batches, step, optim, seed=seed, precision=config.precision)
                 except torch.OutOfMemoryError as error:
                     raise RunError(out_of_memory(error, step, micro, config, run)) from None
@@ -232,9 +235,9 @@ def fit(
                     values = scalars(means, unwrap(model).weights) | {"grad_norm": norm.item(), "lr": optim.lr(step)}
                     seconds = time.perf_counter() - began
                     if step % config.log_every == 0 or step == steps - 1:
-                        speed = stream.batch / seconds
-                        timing = {"time/step": seconds, "time/data": waited, "time/rows_per_second": speed}
-                        run.log(step, {f"train/{name}": value for name, value in values.items()} | timing)
+                        logged = {f"train/{name}": value for name, value in values.items()}
+                        cost = meter.read(step, logged, batch, rows=stream.batch, seconds=seconds, waited=waited)
+                        run.log(step, logged | cost)
                     progress.update(values, rows=stream.batch)
             else:
                 progress.update()
