@@ -19,6 +19,7 @@ from fledge.config import Duration, StageConfig, parent, resolve
 from fledge.data import tokenizer
 from fledge.data.preferences import Preferences, PreferencesConfig
 from fledge.errors import InputError
+from fledge.evals.calibration import reliability
 from fledge.evals.score import Score, bootstrap
 from fledge.models import language
 from fledge.models.language import decay_exempt
@@ -181,10 +182,11 @@ def main(config: Config) -> artifact.Artifact:
 
         reference = chosen_pairs(train, config.evaluation_pairs)
         calibrate(objective.model, *rewards_of(objective, train, reference, config.train.precision))
-        scores = []
+        scores, calibration = [], {}
         if run.measures:
             before = RewardModel(build(parents["model"], tokens, config.seed)).to(distributed.device())
-            scores = [evaluate(objective, before, tokens, config, run)]
+            score, calibration = evaluate(objective, before, tokens, config, run)
+            scores = [score]
         model = objective.model
         return run.publish(
             WRITES,
@@ -199,6 +201,7 @@ def main(config: Config) -> artifact.Artifact:
             },
             data={"fingerprint": config.data.fingerprint(), "pairs": len(train), "skipped": train.skipped},
             step=steps,
+            **calibration,
         )
 
 
@@ -207,8 +210,11 @@ def chosen_pairs(data: Preferences, limit: int) -> list[int]:
     return [order[i] for i in range(min(len(data), limit))]
 
 
-def evaluate(objective: RewardModel, before: RewardModel, tokens: Any, config: Config, run: Run) -> Score:
-    """Held-out pairs in which the chosen answer has the higher reward; half of them is chance."""
+def evaluate(
+    objective: RewardModel, before: RewardModel, tokens: Any, config: Config, run: Run
+) -> tuple[Score, dict[str, Any]]:
+    """Held-out pairs in which the chosen answer has the higher reward, half of them being chance; and whether the
+    probabilities that it gives to its choices, σ(|r_chosen - r_rejected|), are those with which they are right."""
     held_out = Preferences(config.data, tokens, config.evaluation_split)
     ids = chosen_pairs(held_out, config.evaluation_pairs)
     chosen, rejected = rewards_of(objective, held_out, ids, config.train.precision)
@@ -234,7 +240,7 @@ def evaluate(objective: RewardModel, before: RewardModel, tokens: Any, config: C
         ],
         "Held-out pairs with their calibrated rewards",
     )
-    return Score(
+    score = Score(
         metric="accuracy on pairs",
         after=float(right.mean()),
         before=float((first_chosen > first_rejected).float().mean()),
@@ -246,6 +252,9 @@ def evaluate(objective: RewardModel, before: RewardModel, tokens: Any, config: C
         unit="characters" if known else "pairs",
         note=f"{len(ids)} pairs; the longer answer is right in {longer:.3f}",
     )
+    margin = chosen - rejected
+    bins, error = reliability(margin.abs().sigmoid(), (margin > 0) + 0.5 * (margin == 0), low=0.5)
+    return score, {"calibration": bins, "ece": error}
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def _path(points: Sequence[Point], x: Scale, y: Scale, css: str) -> str:
 
 
 def curves(lines: Sequence[Sequence[Point]], *, noisy: bool = False, label: str = "") -> str:
-    """Quantities of one kind over steps, with axes. `noisy`: their moving means, a single one before its pale values."""
+    """Quantities of one kind over steps, with axes. `noisy`: moving means; of one alone, before its values."""
     thinned = [thin(points) for points in lines]
     known = [v for drawn, _ in thinned for _, v in drawn if v is not None]
     known += [v for _, band in thinned for _, low, high in band for v in (low, high) if len(lines) == 1]
@@ -215,10 +215,7 @@ def scatter(
     heights = [v for m in marks for v in (m.y, m.low, m.high) if v is not None]
     x = Scale(*(x_limits or _limits([m.x for m in marks])), LEFT, RIGHT)
     y = Scale(*(y_limits or _limits(heights)), 160, 22)
-    body = "".join(
-        f'<path class="bar" d="M{x(a) + 1:g} {y.start:g}V{y.start - (y.start - y.end) * share:g}H{x(b) - 1:g}V{y.start:g}Z"/>'
-        for a, b, share in bars
-    )
+    body = "".join(_bar(x(a) + 1, x(b) - 1, y.start, y.start - (y.start - y.end) * share) for a, b, share in bars)
     body += _axes(x, y, x_label, y_label)
     if diagonal:
         low, high = max(x.low, y.low), min(x.high, y.high)
@@ -227,6 +224,10 @@ def scatter(
     body += "".join(_mark(m, x, y) for m in marks)
     hover = {"points": [[x(m.x), y(m.y), m.text] for m in marks]}
     return document(WIDTH, 196, body, f"{y_label} over {x_label}", extra=_hover(hover))
+
+
+def _bar(left: float, right: float, bottom: float, top: float) -> str:
+    return f'<path class="bar" d="M{left:g} {bottom:g}V{top:g}H{right:g}V{bottom:g}Z"/>'
 
 
 def _mark(mark: Mark, x: Scale, y: Scale) -> str:
@@ -263,7 +264,7 @@ def _empty(text: str) -> str:
 
 
 def _hover(data: dict[str, Any]) -> str:
-    return f' data-hover="{escape(json.dumps(data, separators=(",", ":"), allow_nan=False))}"'
+    return f' data-hover="{escape(json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False))}"'
 
 
 def document(width: float, height: float, body: str, label: str, css: str = "plot", extra: str = "") -> str:

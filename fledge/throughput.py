@@ -9,7 +9,6 @@ import math
 import re
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -107,12 +106,11 @@ class Spikes:
 
 
 class Meter:
-    """The figures of each logged step, beside its losses."""
+    """The figures of each logged step, beside its losses. A new one for each start, and after each roll-back."""
 
     def __init__(self, objective: nn.Module, config: "TrainConfig", run: "Run") -> None:
         self.objective, self.config, self.main = objective, config, run.main
-        self.path: Path = run.dir / "metrics.jsonl"
-        self.spikes, self.last = Spikes(), math.inf
+        self.spikes = Spikes(read_metrics(run.dir / "metrics.jsonl") if run.main else ())
         self.peak = here(config.precision)
         self.counts = not distributed.any_rank(self.peak is None)  # all or none: its forward may hold collectives
         self.flops = 0.0  # of one token, or of one row where the objective has no tokens
@@ -145,14 +143,7 @@ class Meter:
         return hasattr(self.objective, "tokens")
 
     def read(
-        self,
-        step: int,
-        values: dict[str, float],
-        batch: Batch,
-        *,
-        rows: int,
-        seconds: float,
-        waited: float,
+        self, values: dict[str, float], batch: Batch, *, rows: int, seconds: float, waited: float
     ) -> dict[str, float]:
         """The figures of a step, by the names that metrics.jsonl has them under.
 
@@ -173,9 +164,6 @@ class Meter:
             figures["system/hfu" if self.config.grad_checkpointing else "system/mfu"] = share
         if not self.main:
             return {}
-        if step <= self.last:  # the first, or the first after a roll-back
-            self.spikes = Spikes(read_metrics(self.path))
-        self.last = step
         return figures | {"system/memory_gib": self.memory() / GIB, "train/spikes": self.spikes.see(values)}
 
     def memory(self) -> int:

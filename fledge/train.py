@@ -227,6 +227,7 @@ def fit(
                     if resumed <= step:
                         step, batches = resumed, load_ahead(stream, range(resumed, steps), config)
                         progress.step = resumed
+                        meter = Meter(objective, config, run)
                         continue
                     progress.update()
                 else:
@@ -236,7 +237,7 @@ def fit(
                     seconds = time.perf_counter() - began
                     if step % config.log_every == 0 or step == steps - 1:
                         logged = {f"train/{name}": value for name, value in values.items()}
-                        cost = meter.read(step, logged, batch, rows=stream.batch, seconds=seconds, waited=waited)
+                        cost = meter.read(logged, batch, rows=stream.batch, seconds=seconds, waited=waited)
                         run.log(step, logged | cost)
                     progress.update(values, rows=stream.batch)
             else:

@@ -113,9 +113,10 @@ def frontier(view: View) -> str:
 def learned(seen: Sequence[tuple[int, float, float]]) -> str:
     """(update, KL, score): points that grow darker with time, and their moving mean."""
     last = max(len(seen) - 1, 1)
+    said = [f"update {step} · KL {figure(kl)} · {figure(score)}" for step, kl, score in seen]
     marks = [
-        svg.Mark(kl, score, f"update {step} · KL {figure(kl)} · {figure(score)}", radius=2.6, weight=0.2 + 0.7 * i / last)
-        for i, (step, kl, score) in enumerate(seen)
+        svg.Mark(kl, score, text, radius=2.6, weight=0.2 + 0.7 * i / last)
+        for i, ((_, kl, score), text) in enumerate(zip(seen, said, strict=True))
     ]
     window = max(3, len(seen) // 6)
     means = [svg.smooth([(s, p[i]) for s, *p in seen], window) for i in (0, 1)]
@@ -135,7 +136,9 @@ def judged(view: View) -> str:
     ]
     path = [(0.0, score.before), (kl, score.after)]
     drawing = svg.scatter(marks, "KL to the reference, nats an answer", score.metric, path=path)
-    return framed(f"frontier: {escape(score.metric)}, held out", f"{figure(score.before)} → {figure(score.after)}", drawing)
+    return framed(
+        f"frontier: {escape(score.metric)}, held out", f"{figure(score.before)} → {figure(score.after)}", drawing
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- calibration

@@ -17,7 +17,9 @@ def numeric(yes: bool) -> str:
     return " class=num" if yes else ""
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[str] = (), css: str = "cards") -> str:
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[str] = (), css: str = "cards"
+) -> str:
     """Rows of cells, ready as HTML; on a phone every row is a card with the column's name before each cell."""
     right = set(numbers)
     header = "".join(f"<th{numeric(c in right)}>{escape(c)}</th>" for c in columns)

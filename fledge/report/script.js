@@ -5,7 +5,7 @@
     : Math.abs(v) >= 1e-3 && Math.abs(v) < 1e5 ? String(+v.toPrecision(4)) : v.toExponential(2);
 
   const make = (parent, name, attributes) => {
-    const element = document.createElementNS("http://www.w3.org/2000/svg", name);
+    const element = document.createElementNS(parent.namespaceURI, name);
     for (const key in attributes) element.setAttribute(key, attributes[key]);
     parent.append(element);
     return element;

@@ -109,7 +109,7 @@ class View:
 
     @cached_property
     def health(self) -> dict[str, str]:
-        """What the steps took and how they went, in words, by the names of `HEALTH`; what was not logged is left out."""
+        """What the steps took and how they went, in words, by the names of `HEALTH`; only what was logged."""
         step, data = self.known("time/step"), self.known("time/data")
         found = {
             "step": duration(statistics.median(step)) if step else "",

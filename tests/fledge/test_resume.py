@@ -235,9 +235,9 @@ def run_of(name: str, folder: Path) -> Path:
 
 
 def curve(run: Path) -> list[dict[str, Any]]:
-    """Every number that was logged, in order, without times."""
+    """Every number that was logged, in order, without times and memory."""
     lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "system/"))} for line in lines]
 
 
 def last_checkpoint(run: Path) -> dict[str, torch.Tensor]:
