@@ -138,7 +138,7 @@ def curves(lines: Sequence[Sequence[Point]], *, noisy: bool = False, label: str 
             body += _path(smooth(drawn, max(5, len(drawn) // 20)), x, y, css)
         else:
             body += _path(drawn, x, y, css)
-    hover = {"x": [x.low, x.high, x.start, x.end], "y": [y.low, y.high, y.start, y.end]}
+    hover: dict[str, Any] = {name: [s.low, s.high, s.start, s.end] for name, s in (("x", x), ("y", y))}
     hover["lines"] = [_values(drawn) for drawn, _ in thinned]
     return document(WIDTH, 152, body, label, extra=_hover(hover))
 

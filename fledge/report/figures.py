@@ -28,7 +28,8 @@ def charts(view: View) -> str:
 
 def pairs(view: View) -> list[list[str]]:
     """The keys of each chart: what is measured in training and in evaluation by one name shares one."""
-    keys = sorted((k for k in view.logged() if len(view.series(k)) > 1 and k not in HIDDEN), key=order)
+    keys = [k for k in view.logged() if len(view.series(k)) > 1 and k not in HIDDEN]
+    keys.sort(key=lambda k: (len(set(view.known(k))) == 1, order(k)))  # what never changed says least
     shown = []
     for key in keys:
         twin = "train/" + key.removeprefix("eval/")
@@ -103,17 +104,18 @@ def compared(group: Sequence[View]) -> str:
 def frontier(view: View) -> str:
     """What a policy gained against how far it went from its reference (Gao et al. 2023, "Scaling Laws for Reward Model
     Overoptimization"): the score that it learned from, update by update, and the judged score before and after."""
-    kl, score = dict(view.series("train/objective/kl")), dict(view.series("train/objective/score"))
-    seen = [(s, kl[s], score[s]) for s in sorted(kl) if kl[s] is not None and score.get(s) is not None]
+    scores = dict(view.series("train/objective/score"))
+    both = [(step, kl, scores.get(step)) for step, kl in view.series("train/objective/kl")]
+    seen = [(step, kl, score) for step, kl, score in both if kl is not None and score is not None]
     parts = [learned(seen)] if len(seen) > 1 else []
     parts += [judged(view)] if view.stage.endswith(".ppo") else []
     return f"<div class=charts>{''.join(parts)}</div>" if any(parts) else ""
 
 
-def learned(seen: Sequence[tuple[int, float, float]]) -> str:
+def learned(seen: Sequence[tuple[float, float, float]]) -> str:
     """(update, KL, score): points that grow darker with time, and their moving mean."""
     last = max(len(seen) - 1, 1)
-    said = [f"update {step} · KL {figure(kl)} · {figure(score)}" for step, kl, score in seen]
+    said = [f"update {step:g} · KL {figure(kl)} · {figure(score)}" for step, kl, score in seen]
     marks = [
         svg.Mark(kl, score, text, radius=2.6, weight=0.2 + 0.7 * i / last)
         for i, ((_, kl, score), text) in enumerate(zip(seen, said, strict=True))

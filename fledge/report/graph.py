@@ -12,11 +12,14 @@ from fledge import svg
 
 @dataclass
 class Node:
-    """A box of a graph: a name, a line below (`brief` in a narrow box), where a click leads; a source is a pill."""
+    """A box of a graph: a name, a line below and a number that ends it, where a click leads; a source is a pill.
+
+    In a narrow box the number stands alone; it is never cut.
+    """
 
     name: str
     below: str = ""
-    brief: str = ""
+    number: str = ""
     href: str = ""
     source: bool = False
     plain: bool = False
@@ -165,14 +168,16 @@ def _box(node: Node, number: int, centre: tuple[float, float], size: tuple[float
     height = min(height, 30) if node.source else height
     radius = height / 2 if node.source else 8
     box = f'<rect x="{x - width / 2:g}" y="{y - height / 2:g}" width="{width:g}" height="{height:g}" rx="{radius:g}"/>'
-    below = (node.brief or node.below) if narrow else node.below
+    small = letter * 0.78
+    below = _fit(node.below, room - (len(node.number) + 1) * small if node.number else room, small)
+    below = node.number if narrow and node.number else f"{below} {node.number}".strip()
     lift = -3 if below else 4
     name = escape(_fit(node.name, room, letter))
     text = f'<text class="name" x="{x:g}" y="{y + lift:g}" text-anchor="middle">{name}</text>'
     if below:
-        below = escape(_fit(below, room, letter * 0.78))
-        text += f'<text class="below" x="{x:g}" y="{y + 13:g}" text-anchor="middle">{below}</text>'
-    whole = f"<title>{escape(f'{node.name}: {node.below}' if node.below else node.name)}</title>"
+        text += f'<text class="below" x="{x:g}" y="{y + 13:g}" text-anchor="middle">{escape(below)}</text>'
+    said = f"{node.below} {node.number}".strip()
+    whole = f"<title>{escape(f'{node.name}: {said}' if said else node.name)}</title>"
     inside = f'<g class="{css}" data-node="{number}">{whole}{box}{text}</g>'
     return f'<a href="{escape(node.href)}">{inside}</a>' if node.href else inside
 

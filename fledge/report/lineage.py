@@ -65,9 +65,8 @@ def sources(kind: str, stage: str) -> list[str]:
 
 
 def headline(view: View) -> tuple[str, str]:
-    """The first score of a run in a few words, and as a bare number; its kind where there is none."""
+    """The name and the number of the first score of a run; its kind where there is none."""
     if not view.scores:
         return view.kind or view.status.get("state", ""), ""
     score = view.scores[0]
-    number = digits(score.low, score.high)(score.after)
-    return f"{score.metric} {number}", number
+    return score.metric, digits(score.low, score.high)(score.after)

@@ -35,7 +35,7 @@ def picture(path: Path, caption: str) -> str:
     width, height = struct.unpack(">II", data[16:24])
     small = " class=pixels" if width < 160 else ""  # single pixels are the point: do not blur them
     source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-    image = f'<img{small} src="{source}" alt="{escape(caption)}" width="{width}" height="{height}" loading="lazy">'
+    image = f'<img{small} src="{source}" alt="{escape(caption)}" width="{width}" height="{height}">'
     return f"<figure class=picture><div class=scroll>{image}</div><figcaption>{escape(caption)}</figcaption></figure>"
 
 
