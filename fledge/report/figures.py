@@ -28,7 +28,9 @@ def charts(view: View) -> str:
 
 def pairs(view: View) -> list[list[str]]:
     """The keys of each chart: what is measured in training and in evaluation by one name shares one."""
-    keys = [k for k in view.logged() if len(view.series(k)) > 1 and k not in HIDDEN]
+    logged = view.logged()
+    hidden = HIDDEN + (("time/rows_per_second",) if "time/tokens_per_second" in logged else ())
+    keys = [k for k in logged if len(view.series(k)) > 1 and k not in hidden]
     keys.sort(key=lambda k: (len(set(view.known(k))) == 1, order(k)))  # what never changed says least
     shown = []
     for key in keys:
