@@ -17,18 +17,24 @@ MOST_POINTS = 400  # of one line: more cannot be seen, and a page must stay smal
 WIDTH, LEFT, RIGHT = 320, 40, 312  # of a plot, and where its axis begins and ends
 
 
-def compact(value: float) -> str:
+def compact(value: float, digits: int = 4) -> str:
     """A number for an axis: 0.25, 1.5k, 3e-4."""
     if value == 0:
         return "0"
     if abs(value) >= 1000:
         for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
             if abs(value) >= size:
-                return f"{value / size:.4g}{letter}" if abs(value) < 1e12 else f"{value:.0e}"
+                return f"{value / size:.{digits}g}{letter}" if abs(value) < 1e12 else f"{value:.0e}"
     if abs(value) < 1e-3:
         mantissa, power = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(power)}"
-    return f"{value:.4g}"
+    return f"{value:.{digits}g}"
+
+
+def labels(values: Sequence[float]) -> list[str]:
+    """Numbers for one axis, with as many digits as tell them apart."""
+    several = ([compact(v, digits) for v in values] for digits in range(4, 16))
+    return next((texts for texts in several if len(set(texts)) == len(values)), [compact(v) for v in values])
 
 
 def ticks(low: float, high: float, most: int = 4) -> list[float]:
@@ -160,12 +166,12 @@ def _values(points: Sequence[Point]) -> dict[str, Any]:
 def _axes(x: Scale, y: Scale, x_label: str = "", y_label: str = "") -> str:
     rules = [
         f'<path class="rule" d="M{x.start:g} {y(v):g}H{x.end:g}"/>'
-        f'<text class="tick" x="{x.start - 6:g}" y="{y(v) + 3.5:g}" text-anchor="end">{compact(v)}</text>'
-        for v in ticks(y.low, y.high)
+        f'<text class="tick" x="{x.start - 6:g}" y="{y(v) + 3.5:g}" text-anchor="end">{text}</text>'
+        for v, text in _labelled(ticks(y.low, y.high))
     ]
     rules += [
-        f'<text class="tick" x="{x(v):g}" y="{y.start + 15:g}" text-anchor="{_anchor(x, v)}">{compact(v)}</text>'
-        for v in ticks(x.low, x.high, 5)
+        f'<text class="tick" x="{x(v):g}" y="{y.start + 15:g}" text-anchor="{_anchor(x, v)}">{text}</text>'
+        for v, text in _labelled(ticks(x.low, x.high, 5))
     ]
     rules.append(f'<path class="frame" d="M{x.start:g} {y.start:g}H{x.end:g}"/>')
     if x_label:
@@ -175,6 +181,10 @@ def _axes(x: Scale, y: Scale, x_label: str = "", y_label: str = "") -> str:
     if y_label:
         rules.append(f'<text class="tick" x="2" y="{y.end - 8:g}">{escape(y_label)}</text>')
     return "".join(rules)
+
+
+def _labelled(values: Sequence[float]) -> list[tuple[float, str]]:
+    return list(zip(values, labels(values), strict=True))
 
 
 def _anchor(x: Scale, value: float) -> str:

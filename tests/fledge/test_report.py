@@ -279,6 +279,12 @@ def test_ticks_are_round(low, high, expected):
     assert svg.ticks(low, high) == pytest.approx(expected)
 
 
+def test_labels_tell_ticks_apart():
+    assert svg.labels([0.9995, 1, 1.0005]) == ["0.9995", "1", "1.0005"]
+    assert svg.labels([0, 0.25, 1500]) == ["0", "0.25", "1.5k"]
+    assert svg.labels([100_001, 100_002]) == ["100.001k", "100.002k"]
+
+
 def test_thinning_keeps_means_extremes_and_ends():
     points = [(float(i), float(i % 10)) for i in range(10_000)]
     points[5000] = (5000.0, 99.0)

@@ -2,8 +2,8 @@
 
 Every stage at toy size on generated data, with dropout (but PPO) and random augmentation on. The uninterrupted and the
 killed run are in processes of different hash seeds with scrambled global generators. Ranks and data workers are spread
-over the stages. What is compared: every tensor of the last checkpoint, every number of metrics.jsonl but times, and the
-digest of the artifact, which holds every score.
+over the stages. What is compared: every tensor of the last checkpoint, every number of metrics.jsonl but times and
+memory, and the digest of the artifact, which holds every score.
 """
 
 import json
