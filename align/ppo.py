@@ -206,6 +206,10 @@ class PPO(nn.Module):
         rows = {name: len(x) for name, x in batch.items() if "/" in name}
         return dict.fromkeys(names, tokens) | {"value_loss": valued} | rows
 
+    def tokens(self, batch: Batch) -> int:
+        """Tokens that are not padding."""
+        return int(batch["attention_mask"].sum())
+
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         batch, config = trim(batch), self.config
         mask = batch["response_mask"]

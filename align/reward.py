@@ -19,6 +19,7 @@ from fledge.config import Duration, StageConfig, parent, resolve
 from fledge.data import tokenizer
 from fledge.data.preferences import Preferences, PreferencesConfig
 from fledge.errors import InputError
+from fledge.evals.calibration import reliability
 from fledge.evals.score import Score, bootstrap
 from fledge.evals.validation import validation
 from fledge.models import language
@@ -91,6 +92,10 @@ class RewardModel(nn.Module):
     def counts(self, batch: Batch) -> dict[str, int]:
         """Pairs."""
         return dict.fromkeys(("loss", "accuracy", "margin", "centre"), len(batch["chosen_ids"]))
+
+    def tokens(self, batch: Batch) -> int:
+        """Tokens that are not padding."""
+        return int(batch["chosen_mask"].sum() + batch["rejected_mask"].sum())
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         chosen, rejected = self.pair_rewards(batch)  # (B,), (B,)
@@ -184,10 +189,11 @@ def main(config: Config) -> artifact.Artifact:
 
         reference = chosen_pairs(train, config.evaluation_pairs)
         calibrate(objective.model, *rewards_of(objective, train, reference, config.train.precision))
-        scores = []
+        scores, calibration = [], {}
         if run.measures:
             before = RewardModel(build(parents["model"], tokens, config.seed)).to(distributed.device())
-            scores = [evaluate(objective, before, tokens, config, run)]
+            score, calibration = evaluate(objective, before, tokens, config, run)
+            scores = [score]
         model = objective.model
         return run.publish(
             WRITES,
@@ -202,6 +208,7 @@ def main(config: Config) -> artifact.Artifact:
             },
             data={"fingerprint": config.data.fingerprint(), "pairs": len(train), "skipped": train.skipped},
             step=steps,
+            **calibration,
         )
 
 
@@ -210,8 +217,11 @@ def chosen_pairs(data: Preferences, limit: int) -> list[int]:
     return [order[i] for i in range(min(len(data), limit))]
 
 
-def evaluate(objective: RewardModel, before: RewardModel, tokens: Any, config: Config, run: Run) -> Score:
-    """Held-out pairs in which the chosen answer has the higher reward; half of them is chance."""
+def evaluate(
+    objective: RewardModel, before: RewardModel, tokens: Any, config: Config, run: Run
+) -> tuple[Score, dict[str, Any]]:
+    """Held-out pairs in which the chosen answer has the higher reward, half of them being chance; and whether the
+    probabilities that it gives to its choices, σ(|r_chosen - r_rejected|), are those with which they are right."""
     held_out = Preferences(config.data, tokens, config.evaluation_split)
     ids = chosen_pairs(held_out, config.evaluation_pairs)
     chosen, rejected = rewards_of(objective, held_out, ids, config.train.precision)
@@ -237,7 +247,7 @@ def evaluate(objective: RewardModel, before: RewardModel, tokens: Any, config: C
         ],
         "Held-out pairs with their calibrated rewards",
     )
-    return Score(
+    score = Score(
         metric="accuracy on pairs",
         after=float(right.mean()),
         before=float((first_chosen > first_rejected).float().mean()),
@@ -249,6 +259,9 @@ def evaluate(objective: RewardModel, before: RewardModel, tokens: Any, config: C
         unit="characters" if known else "pairs",
         note=f"{len(ids)} pairs; the longer answer is right in {longer:.3f}",
     )
+    margin = chosen - rejected
+    bins, error = reliability(margin.abs().sigmoid(), (margin > 0) + 0.5 * (margin == 0), low=0.5)
+    return score, {"calibration": bins, "ece": error}
 
 
 if __name__ == "__main__":

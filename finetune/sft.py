@@ -94,6 +94,10 @@ class SFT(nn.Module):
         """Tokens of answers."""
         return {"loss": int((batch["labels"] != IGNORE).sum())}
 
+    def tokens(self, batch: Batch) -> int:
+        """Tokens that are not padding."""
+        return int(batch["attention_mask"].sum())
+
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         return {"loss": next_token_loss(self.logits(batch), batch["labels"])}
 

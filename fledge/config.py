@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from fledge.errors import InputError
 
@@ -671,6 +672,25 @@ def _science(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted((_science(item) for item in value), key=repr)
     return str(value) if isinstance(value, Path) else value
+
+
+def departures(config: BaseModel) -> dict[str, dict[str, Any]]:
+    """Every dotted key whose value is not its class default: {"value": v, "default": d}, plain data; without a default
+    where the class leaves it open. Parents, names, tracking and cadence are left out."""
+    return {dotted(key): found for key, found in _departures(config, None, ())}
+
+
+def _departures(section: BaseModel, defaults: Any, prefix: Key) -> Iterator[tuple[Key, dict[str, Any]]]:
+    for name, info in type(section).model_fields.items():
+        if mark(info) == BOOKKEEPING or not prefix and name in ("stage", "out", "parents"):
+            continue
+        value = getattr(section, name)
+        default = getattr(defaults, name) if defaults is not None else info.get_default(call_default_factory=True)
+        if isinstance(value, BaseModel):
+            yield from _departures(value, default if type(default) is type(value) else None, (*prefix, name))
+        elif value != default:
+            known = {} if default is PydanticUndefined else {"default": to_jsonable_python(default)}
+            yield (*prefix, name), {"value": to_jsonable_python(value), **known}
 
 
 def data_sections(config: BaseModel, prefix: Key = ()) -> dict[str, DataConfig]:

@@ -1,31 +1,40 @@
-"""Drawings as text: curves, an interval on a line, a graph. No library, no script; colours come from the page's CSS.
+"""Drawings as text: curves, points with whiskers, an interval on a line. No library; colours come from the page's CSS.
 
-Classes: `line pale band rule tick frame dot start base mark zero` in plots, `node plain source edge` in graphs.
+Classes: `line pale band rule tick frame dot start base mark zero bar whisker`, and `c1` to `c5` for the lines after the
+first. What a script may show under the pointer stands in `data-hover` as JSON; a drawing is whole without it.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 MOST_POINTS = 400  # of one line: more cannot be seen, and a page must stay small
+WIDTH, LEFT, RIGHT = 320, 40, 312  # of a plot, and where its axis begins and ends
 
 
-def compact(value: float) -> str:
+def compact(value: float, digits: int = 4) -> str:
     """A number for an axis: 0.25, 1.5k, 3e-4."""
     if value == 0:
         return "0"
     if abs(value) >= 1000:
         for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
             if abs(value) >= size:
-                return f"{value / size:.4g}{letter}" if abs(value) < 1e12 else f"{value:.0e}"
+                return f"{value / size:.{digits}g}{letter}" if abs(value) < 1e12 else f"{value:.0e}"
     if abs(value) < 1e-3:
         mantissa, power = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(power)}"
-    return f"{value:.4g}"
+    return f"{value:.{digits}g}"
+
+
+def labels(values: Sequence[float]) -> list[str]:
+    """Numbers for one axis, with as many digits as tell them apart."""
+    several = ([compact(v, digits) for v in values] for digits in range(4, 16))
+    return next((texts for texts in several if len(set(texts)) == len(values)), [compact(v) for v in values])
 
 
 def ticks(low: float, high: float, most: int = 4) -> list[float]:
@@ -114,38 +123,55 @@ def _path(points: Sequence[Point], x: Scale, y: Scale, css: str) -> str:
     return f'<path class="{css}" d="{"".join(parts)}"/>' + "".join(dots)
 
 
-def curve(points: Sequence[Point], *, noisy: bool = False, label: str = "") -> str:
-    """One quantity over steps, with axes. `noisy`: every value pale, their moving mean in front."""
-    drawn, band = thin(points)
-    known = [v for _, v in drawn if v is not None] + [v for _, low, high in band for v in (low, high)]
+# ------------------------------------------------------------------------------------------------------------ curves
+
+
+def curves(lines: Sequence[Sequence[Point]], *, noisy: bool = False, label: str = "") -> str:
+    """Quantities of one kind over steps, with axes. `noisy`: moving means; of one alone, before its values."""
+    thinned = [thin(points) for points in lines]
+    known = [v for drawn, _ in thinned for _, v in drawn if v is not None]
+    known += [v for _, band in thinned for _, low, high in band for v in (low, high) if len(lines) == 1]
     if not known:
         return _empty("no finite value")
-    x = Scale(points[0][0], max(points[-1][0], points[0][0] + 1), 40, 312)
-    y = Scale(*_limits(known), 130, 8)
+    first, last = min(p[0][0] for p in lines if p), max(p[-1][0] for p in lines if p)
+    x, y = Scale(first, max(last, first + 1), LEFT, RIGHT), Scale(*_limits(known), 130, 8)
     body = _axes(x, y)
-    if band:
-        edge = [f"{x(at):g} {y(high):g}" for at, _, high in band] + [
-            f"{x(at):g} {y(low):g}" for at, low, _ in band[::-1]
-        ]
-        body += f'<path class="band" d="M{"L".join(edge)}Z"/>'
-    if noisy and len(drawn) >= 40:
-        body += "" if band else _path(drawn, x, y, "pale")
-        body += _path(smooth(drawn, max(5, len(drawn) // 20)), x, y, "line")
-    else:
-        body += _path(drawn, x, y, "line")
-    return _svg(320, 152, body, label)
+    for i, (drawn, band) in enumerate(thinned):
+        css = f"line c{i}" if i else "line"
+        if noisy and len(drawn) >= 40:
+            if len(lines) == 1:
+                body += _band(band, x, y) if band else _path(drawn, x, y, "pale")
+            body += _path(smooth(drawn, max(5, len(drawn) // 20)), x, y, css)
+        else:
+            body += _path(drawn, x, y, css)
+    hover: dict[str, Any] = {name: [s.low, s.high, s.start, s.end] for name, s in (("x", x), ("y", y))}
+    hover["lines"] = [_values(drawn) for drawn, _ in thinned]
+    return document(WIDTH, 152, body, label, extra=_hover(hover))
+
+
+def _band(band: Sequence[tuple[float, float, float]], x: Scale, y: Scale) -> str:
+    edge = [f"{x(at):g} {y(high):g}" for at, _, high in band] + [f"{x(at):g} {y(low):g}" for at, low, _ in band[::-1]]
+    return f'<path class="band" d="M{"L".join(edge)}Z"/>'
+
+
+def _values(points: Sequence[Point]) -> dict[str, Any]:
+    """Points for the script: even steps as the first and the distance, five digits of every value."""
+    xs = [x for x, _ in points]
+    by = xs[1] - xs[0] if len(xs) > 1 else 1
+    even = all(b - a == by for a, b in zip(xs, xs[1:], strict=False))
+    place = {"from": xs[0], "by": by} if even else {"at": [float(f"{x:.6g}") for x in xs]}
+    return place | {"y": [None if y is None else float(f"{y:.5g}") for _, y in points]}
 
 
 def _axes(x: Scale, y: Scale, x_label: str = "", y_label: str = "") -> str:
     rules = [
         f'<path class="rule" d="M{x.start:g} {y(v):g}H{x.end:g}"/>'
-        f'<text class="tick" x="{x.start - 6:g}" y="{y(v) + 3.5:g}" text-anchor="end">{compact(v)}</text>'
-        for v in ticks(y.low, y.high)
+        f'<text class="tick" x="{x.start - 6:g}" y="{y(v) + 3.5:g}" text-anchor="end">{text}</text>'
+        for v, text in _labelled(ticks(y.low, y.high))
     ]
-    marks = [v for v in ticks(x.low, x.high, 5) if not x_label or x(v) < x.end]
     rules += [
-        f'<text class="tick" x="{x(v):g}" y="{y.start + 15:g}" text-anchor="{_anchor(x, v)}">{compact(v)}</text>'
-        for v in marks
+        f'<text class="tick" x="{x(v):g}" y="{y.start + 15:g}" text-anchor="{_anchor(x, v)}">{text}</text>'
+        for v, text in _labelled(ticks(x.low, x.high, 5))
     ]
     rules.append(f'<path class="frame" d="M{x.start:g} {y.start:g}H{x.end:g}"/>')
     if x_label:
@@ -157,24 +183,70 @@ def _axes(x: Scale, y: Scale, x_label: str = "", y_label: str = "") -> str:
     return "".join(rules)
 
 
+def _labelled(values: Sequence[float]) -> list[tuple[float, str]]:
+    return list(zip(values, labels(values), strict=True))
+
+
 def _anchor(x: Scale, value: float) -> str:
     return "end" if x(value) > x.end - 8 else "middle"
 
 
-def scatter(points: Sequence[tuple[float, float]], x_label: str, y_label: str, *, joined=False, diagonal=False) -> str:
-    """One quantity against another: PPO's gold score over KL (`joined` in order), a calibration (`diagonal`)."""
-    if not points:
+# ------------------------------------------------------------------------------------------------------------ points
+
+
+@dataclass
+class Mark:
+    """A point of a scatter: what it says under the pointer, its interval, its radius, its weight from 0 to 1."""
+
+    x: float
+    y: float
+    text: str = ""
+    low: float | None = None
+    high: float | None = None
+    radius: float = 3.0
+    css: str = "dot"
+    weight: float = 1.0
+
+
+def scatter(
+    marks: Sequence[Mark],
+    x_label: str,
+    y_label: str,
+    *,
+    path: Sequence[tuple[float, float]] = (),
+    diagonal: bool = False,
+    x_limits: tuple[float, float] | None = None,
+    y_limits: tuple[float, float] | None = None,
+    bars: Sequence[tuple[float, float, float]] = (),
+) -> str:
+    """One quantity against another. `path`: a line behind the points; `bars`: (from, to, share of the height)."""
+    if not marks:
         return _empty("nothing measured")
-    x = Scale(*_limits([p[0] for p in points]), 40, 312)
-    y = Scale(*_limits([p[1] for p in points]), 160, 22)
-    body = _axes(x, y, x_label, y_label)
+    heights = [v for m in marks for v in (m.y, m.low, m.high) if v is not None]
+    x = Scale(*(x_limits or _limits([m.x for m in marks])), LEFT, RIGHT)
+    y = Scale(*(y_limits or _limits(heights)), 160, 22)
+    body = "".join(_bar(x(a) + 1, x(b) - 1, y.start, y.start - (y.start - y.end) * share) for a, b, share in bars)
+    body += _axes(x, y, x_label, y_label)
     if diagonal:
         low, high = max(x.low, y.low), min(x.high, y.high)
         body += _path([(low, low), (high, high)], x, y, "zero") if low < high else ""
-    if joined:
-        body += _path(points, x, y, "pale")
-    body += "".join(f'<circle class="dot" cx="{x(a):g}" cy="{y(b):g}" r="3"/>' for a, b in points)
-    return _svg(320, 196, body, f"{y_label} over {x_label}")
+    body += _path(path, x, y, "line") if path else ""
+    body += "".join(_mark(m, x, y) for m in marks)
+    hover = {"points": [[x(m.x), y(m.y), m.text] for m in marks]}
+    return document(WIDTH, 196, body, f"{y_label} over {x_label}", extra=_hover(hover))
+
+
+def _bar(left: float, right: float, bottom: float, top: float) -> str:
+    return f'<path class="bar" d="M{left:g} {bottom:g}V{top:g}H{right:g}V{bottom:g}Z"/>'
+
+
+def _mark(mark: Mark, x: Scale, y: Scale) -> str:
+    at = x(mark.x)
+    whisker = ""
+    if mark.low is not None and mark.high is not None:
+        whisker = f'<path class="whisker" d="M{at:g} {y(mark.low):g}V{y(mark.high):g}"/>'
+    pale = f' fill-opacity="{mark.weight:.2g}"' if mark.weight < 1 else ""
+    return f'{whisker}<circle class="{mark.css}" cx="{at:g}" cy="{y(mark.y):g}" r="{mark.radius:g}"{pale}/>'
 
 
 def interval(after: float, low: float, high: float, before: float | None, baseline: float | None, label: str) -> str:
@@ -191,188 +263,21 @@ def interval(after: float, low: float, high: float, before: float | None, baseli
     if before is not None:
         body += f'<circle class="start" cx="{x(before):g}" cy="12" r="3.5"/>'
     body += f'<path class="mark" d="M{x(low):g} 12H{x(high):g}"/><circle class="dot" cx="{x(after):g}" cy="12" r="4"/>'
-    return _svg(140, 24, body, label)
+    return document(140, 24, body, label)
+
+
+# ---------------------------------------------------------------------------------------------------------- documents
 
 
 def _empty(text: str) -> str:
-    return _svg(320, 152, f'<text class="tick" x="160" y="80" text-anchor="middle">{escape(text)}</text>', text)
+    return document(WIDTH, 152, f'<text class="tick" x="160" y="80" text-anchor="middle">{escape(text)}</text>', text)
 
 
-def _svg(width: float, height: float, body: str, label: str, css: str = "") -> str:
+def _hover(data: dict[str, Any]) -> str:
+    return f' data-hover="{escape(json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False))}"'
+
+
+def document(width: float, height: float, body: str, label: str, css: str = "plot", extra: str = "") -> str:
+    """One drawing; `extra`: more attributes, from a space on."""
     name = f' role="img" aria-label="{escape(label)}"' if label else ' aria-hidden="true"'
-    return f'<svg class="{css or "plot"}" viewBox="0 0 {width:g} {height:g}"{name}>{body}</svg>'
-
-
-# ------------------------------------------------------------------------------------------------------------- graph
-
-
-@dataclass
-class Node:
-    """A box of a graph: a name, a line below (`brief` in a narrow box), where a click leads; a source is a pill."""
-
-    name: str
-    below: str = ""
-    brief: str = ""
-    href: str = ""
-    source: bool = False
-    plain: bool = False
-    layer: int = field(default=0, compare=False)
-
-
-def graph(nodes: Mapping[str, Node], edges: Sequence[tuple[str, str]], *, down: bool = False) -> str:
-    """A graph without cycles, drawn left to right, or `down` the page for narrow screens."""
-    edges = [(a, b) for a, b in dict.fromkeys(edges) if a in nodes and b in nodes and a != b]
-    layers, chains = _layers(nodes, edges)
-    links = _links(chains)
-    _untangle(layers, links)
-    rank = {n: i for i, layer in enumerate(layers) for n in layer}
-    widest = max(sum(1.0 if n in nodes else 0.4 for n in layer) for layer in layers)
-    if down:
-        deep, wide, gap, pitch = 46.0, min(112.0, 360 / widest - 8), 34.0, min(120.0, 360 / widest)
-    else:
-        deep, wide, gap, pitch = 152.0, 50.0, 58.0, 64.0
-    cross = _positions(layers, links, {n: 1.0 if n in nodes else 0.4 for n in rank})
-    place = {n: (rank[n] * (deep + gap) + deep / 2 + 1, cross[n] * pitch + wide / 2 + 1) for n in rank}
-    length = len(layers) * (deep + gap) - gap + 2
-    across = max(place[n][1] for n in place) + wide / 2 + 1
-    turn = (lambda p: (p[1], p[0])) if down else (lambda p: p)
-    body = [_edge([place[n] for n in chain], deep, turn) for chain in chains]
-    size = turn((deep, wide))
-    body += [_box(nodes[n], turn(place[n]), size, narrow=down) for n in nodes]
-    width, height = turn((length, across))
-    style = f' style="max-width:{width * (1.0 if not down else 1.15):g}px"'
-    label = "Lineage: " + ", ".join(f"{nodes[a].name} to {nodes[b].name}" for a, b in edges)
-    return _svg(width, height, "".join(body), label, "graph").replace("<svg", f"<svg{style}", 1)
-
-
-def arranged(names: Iterable[str], edges: Sequence[tuple[str, str]]) -> tuple[list[list[str]], list[tuple[str, str]]]:
-    """Layers in the order in which they are drawn, and the links between neighbouring layers."""
-    layers, chains = _layers(dict.fromkeys(names), edges)
-    links = _links(chains)
-    _untangle(layers, links)
-    return layers, links
-
-
-def _links(chains: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
-    return [(a, b) for chain in chains for a, b in zip(chain, chain[1:], strict=False)]
-
-
-def _layers(nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]]) -> tuple[list[list[str]], list[list[str]]]:
-    """Nodes by longest way from a source. An edge over several layers gets a waypoint in each: chains of names."""
-    depth = dict.fromkeys(nodes, 0)
-    for _ in nodes:  # as many rounds as the longest way may have edges; a cycle would end here too
-        for a, b in edges:
-            depth[b] = max(depth[b], min(depth[a] + 1, len(nodes) - 1))
-    layers: list[list[str]] = [[] for _ in range(max(depth.values()) + 1)]
-    for n in nodes:
-        layers[depth[n]].append(n)
-    chains = []
-    for a, b in edges:
-        ways = [f"{a}\n{b}\n{i}" for i in range(depth[a] + 1, depth[b])]
-        for i, way in enumerate(ways, depth[a] + 1):
-            layers[i].append(way)
-        chains.append([a, *ways, b])
-    return layers, chains
-
-
-def crossings(layers: Sequence[Sequence[str]], links: Sequence[tuple[str, str]]) -> int:
-    """How many pairs of links cross between neighbouring layers."""
-    at = {n: (i, k) for i, layer in enumerate(layers) for k, n in enumerate(layer)}
-    ends = [(*at[a], at[b][1]) for a, b in links]  # (layer, place there, place in the next one)
-    pairs = ((e, f) for i, e in enumerate(ends) for f in ends[:i] if e[0] == f[0])
-    return sum((e[1] - f[1]) * (e[2] - f[2]) < 0 for e, f in pairs)
-
-
-def _untangle(layers: list[list[str]], links: Sequence[tuple[str, str]]) -> None:
-    """Order every layer for few crossings: by the mean place of the neighbours, then by swaps while they help."""
-    near: dict[str, list[str]] = {n: [] for layer in layers for n in layer}
-    for a, b in links:
-        near[a].append(b)
-        near[b].append(a)
-    best, least = [layer[:] for layer in layers], crossings(layers, links)
-    for sweep in range(8):
-        for layer in layers if sweep % 2 == 0 else layers[::-1]:
-            at = {n: k / max(1, len(one) - 1) for one in layers for k, n in enumerate(one)}
-            mean = {n: sum(at[m] for m in near[n]) / len(near[n]) if near[n] else at[n] for n in layer}
-            layer.sort(key=mean.__getitem__)
-        _swap(layers, links)
-        if (found := crossings(layers, links)) < least:
-            best, least = [layer[:] for layer in layers], found
-    layers[:] = best
-
-
-def _swap(layers: list[list[str]], links: Sequence[tuple[str, str]]) -> None:
-    """Exchange neighbours in a layer for as long as that takes crossings away."""
-    now, better = crossings(layers, links), True
-    while better and now:
-        better = False
-        for layer in layers:
-            for k in range(len(layer) - 1):
-                layer[k], layer[k + 1] = layer[k + 1], layer[k]
-                if (then := crossings(layers, links)) < now:
-                    now, better = then, True
-                else:
-                    layer[k], layer[k + 1] = layer[k + 1], layer[k]
-
-
-def _positions(
-    layers: list[list[str]], links: Sequence[tuple[str, str]], size: Mapping[str, float]
-) -> dict[str, float]:
-    """Where each node lies across its layer, in units of one box: near its neighbours, none on top of another."""
-    near: dict[str, list[str]] = {n: [] for layer in layers for n in layer}
-    for a, b in links:
-        near[a].append(b)
-        near[b].append(a)
-    at = {n: float(k) for layer in layers for k, n in enumerate(layer)}
-    apart = lambda a, b: (size[a] + size[b]) / 2  # noqa: E731
-    for _ in range(24):
-        for layer in layers:
-            wish = [sum(at[m] for m in near[n]) / len(near[n]) if near[n] else at[n] for n in layer]
-            first, last = wish[:], wish[:]
-            for k in range(1, len(layer)):
-                first[k] = max(first[k], first[k - 1] + apart(layer[k - 1], layer[k]))
-            for k in range(len(layer) - 2, -1, -1):
-                last[k] = min(last[k], last[k + 1] - apart(layer[k], layer[k + 1]))
-            at |= {n: (f + s) / 2 for n, f, s in zip(layer, first, last, strict=True)}
-    least = min(at[n] - size[n] / 2 for n in at)
-    return {n: p - least - 0.5 for n, p in at.items()}
-
-
-def _edge(points: list[tuple[float, float]], deep: float, turn) -> str:
-    """A curve from the end of the first box to the start of the last, level at every waypoint."""
-    (x0, y0), *middle, (x1, y1) = points
-    stops = [(x0 + deep / 2, y0)]
-    for x, y in middle:
-        stops += [(x - deep / 2, y), (x + deep / 2, y)]
-    stops.append((x1 - deep / 2, y1))
-    pen = "M{:g} {:g}".format(*turn(stops[0]))
-    for (ax, ay), (bx, by) in zip(stops, stops[1:], strict=False):
-        half = (ax + bx) / 2
-        pairs = [turn((half, ay)), turn((half, by)), turn((bx, by))]
-        pen += "C" + " ".join(f"{px:g} {py:g}" for px, py in pairs)
-    return f'<path class="edge" d="{pen}"/>'
-
-
-def _box(node: Node, centre: tuple[float, float], size: tuple[float, float], narrow: bool) -> str:
-    (x, y), (width, height) = centre, size
-    room, letter = (width - 6, 6.3) if narrow else (width - 14, 7.2)
-    css = "node source" if node.source else "node plain" if node.plain else "node"
-    height = min(height, 30) if node.source else height
-    radius = height / 2 if node.source else 8
-    box = f'<rect x="{x - width / 2:g}" y="{y - height / 2:g}" width="{width:g}" height="{height:g}" rx="{radius:g}"/>'
-    below = (node.brief or node.below) if narrow else node.below
-    lift = -3 if below else 4
-    name = escape(_fit(node.name, room, letter))
-    text = f'<text class="name" x="{x:g}" y="{y + lift:g}" text-anchor="middle">{name}</text>'
-    if below:
-        below = escape(_fit(below, room, letter * 0.78))
-        text += f'<text class="below" x="{x:g}" y="{y + 13:g}" text-anchor="middle">{below}</text>'
-    whole = f"<title>{escape(f'{node.name}: {node.below}' if node.below else node.name)}</title>"
-    inside = f'<g class="{css}">{whole}{box}{text}</g>'
-    return f'<a href="{escape(node.href)}">{inside}</a>' if node.href else inside
-
-
-def _fit(text: str, room: float, letter: float) -> str:
-    """`text`, cut where it would leave its box."""
-    most = max(3, int(room / letter))
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return f'<svg class="{css}" viewBox="0 0 {width:g} {height:g}"{name}{extra}>{body}</svg>'

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from fledge.config import Config, bookkeeping, data_sections, dump, science
+from fledge.config import Config, bookkeeping, data_sections, departures, dump, science
 from fledge.errors import InputError, RunError
 from fledge.redact import redact
 
@@ -454,7 +454,8 @@ def exporting(export: Export) -> Iterator[None]:
 class Run:
     """One stage's folder, OUT/NAME. Opened first thing in a stage's main; `publish` closes it.
 
-    config.yaml  metrics.jsonl  environment.json  status.json  wandb.json  best.json  media/  checkpoints/  artifact/
+    config.yaml  departures.json  metrics.jsonl  environment.json  status.json  wandb.json  best.json  media/
+    checkpoints/  artifact/
     """
 
     def __init__(self, config: StageConfig, parents: Mapping[str, Artifact]):
@@ -496,6 +497,7 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             write_identity(self.dir, me)
             write_atomic(self.dir / "config.yaml", dump(self.config))
+            write_json(self.dir / "departures.json", departures(self.config))
         except OSError as error:
             raise InputError(f"out: cannot write to {self.dir}: {error.strerror}; choose another folder") from error
         self._attempt(topology)

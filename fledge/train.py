@@ -5,7 +5,8 @@ An objective is an ``nn.Module`` with
 - ``weights: {term: float}``, the loss terms;
 - ``counts(batch) -> {name: int}``: how many tokens, patches or pairs each output sums over, known before the forward;
 - ``forward(batch, step) -> {name: sum}``: scalar sums of the loss terms, and detached statistics of any shape;
-- optionally ``after_step(step, means)``: every sum over its count, over all ranks and micro-batches of the step.
+- optionally ``after_step(step, means)``: every sum over its count, over all ranks and micro-batches of the step;
+- optionally ``tokens(batch) -> int``: how many tokens it holds, for the tokens a second.
 
 The loop backpropagates Σ weight · sum · world_size / max(count, 1), where DDP averages over the world: the gradient is
 that of the global batch, however it was cut. The forward changes no buffer; what a method must remember it changes in
@@ -31,6 +32,7 @@ from fledge.errors import InputError, Preempted, RunError
 from fledge.health import Nonfinite, NotFinite, Policy, Watchdog, same_everywhere
 from fledge.optim import Optim
 from fledge.stream import Batch, derive, rows_of, share
+from fledge.throughput import Meter
 
 if TYPE_CHECKING:
     from fledge.track import Run
@@ -236,7 +238,7 @@ class Training:
     def go_on(self) -> None:
         """From ``self.step`` to the end."""
         self.model.train()  # transformers reads models in eval mode; an objective without dropout overrides train()
-        batches = self.batches()
+        self.meter, batches = self.new_meter(), self.batches()
         with self.run.progress(self.steps, self.step) as progress, self.watchdog:
             while self.step < self.steps:
                 self.watchdog.beat(f"step {self.step}")
@@ -248,14 +250,17 @@ class Training:
                     values = self.learn(batch, micro)
                 except NotFinite as error:
                     if self.rolled_back(error):
-                        batches, progress.step = self.batches(), self.step
+                        self.meter, batches, progress.step = self.new_meter(), self.batches(), self.step
                         continue
                     values = {}
                 if values:
-                    self.log(values, time.perf_counter() - began, waited)
+                    self.log(values, batch, time.perf_counter() - began, waited)
                 progress.update(values, rows=self.stream.batch if values else 0)
                 self.step += 1
                 self.between_steps()
+
+    def new_meter(self) -> Meter:
+        return Meter(self.objective, self.config, self.run)
 
     def batches(self) -> Iterator[tuple[Batch | None, list[slice]]]:
         return load_ahead(self.stream, range(self.step, self.steps), self.config)
@@ -278,6 +283,7 @@ class Training:
         try:
             if not self.warm:
                 self.warm = settle_buckets(self.model, micro_batches[-1], step, config.precision)
+            self.meter.count(settle_buckets, micro_batches[0], step)
             means, norm = update(
                 self.model, micro_batches, step, self.optim, seed=self.seed, precision=config.precision
             )
@@ -287,11 +293,11 @@ class Training:
         self.stream.observe(step, means)
         return scalars(means, self.objective.weights) | {"grad_norm": norm.item(), "lr": self.optim.lr(step)}
 
-    def log(self, values: dict[str, float], seconds: float, waited: float) -> None:
+    def log(self, values: dict[str, float], batch: Batch, seconds: float, waited: float) -> None:
         if self.step % self.config.log_every == 0 or self.step == self.steps - 1:
-            speed = self.stream.batch / seconds
-            timing = {"time/step": seconds, "time/data": waited, "time/rows_per_second": speed}
-            self.run.log(self.step, {f"train/{name}": value for name, value in values.items()} | timing)
+            logged = {f"train/{name}": value for name, value in values.items()}
+            cost = self.meter.read(logged, batch, rows=self.stream.batch, seconds=seconds, waited=waited)
+            self.run.log(self.step, logged | cost)
 
     def between_steps(self) -> None:
         """Whatever is due behind ``self.step`` steps: look whether the ranks agree, evaluate, save, leave.

@@ -95,6 +95,10 @@ class CLM(nn.Module):
         """Tokens that have a next one."""
         return {"loss": int((batch["labels"] != IGNORE).sum())}
 
+    def tokens(self, batch: Batch) -> int:
+        """Tokens that are not padding."""
+        return int((batch["document"] > 0).sum())
+
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         logits = self.model(
             input_ids=batch["input_ids"],

@@ -97,6 +97,10 @@ class MLM(nn.Module):
         selected = int((batch["labels"] != IGNORE).sum())
         return {"loss": selected, "accuracy": selected}
 
+    def tokens(self, batch: Batch) -> int:
+        """Tokens that are not padding."""
+        return int((batch["document"] > 0).sum())
+
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         selected = batch["labels"] != IGNORE  # (B, T)
         logits = self.logits(batch, selected)  # (n, V): only the selected positions are decoded

@@ -5,8 +5,8 @@
 A stage at the toy size of tests/fledge/test_resume.py trains once in peace. Then it trains in rounds: started, killed
 (SIGKILL) at a random moment or at a random fsync of a save, started again, until it ends; and another round, until so
 many kills are done. After each kill the newest checkpoint must verify and may not be of an earlier step than before.
-At the end of each round every tensor of the last checkpoint, every number of metrics.jsonl but times, and the artifact
-with all its scores must be those of the run in peace.
+At the end of each round every tensor of the last checkpoint, every number of metrics.jsonl but times and memory, and
+the artifact with all its scores must be those of the run in peace.
 """
 
 import argparse

@@ -1,5 +1,7 @@
 """The report page: whole, self-contained, honest, and deaf to whatever a name or a sample tries to tell the browser."""
 
+import base64
+import hashlib
 import html
 import json
 import math
@@ -14,6 +16,8 @@ from PIL import Image
 from fledge import artifact, report, svg, track
 from fledge.config import StageConfig
 from fledge.evals.score import Score
+from fledge.report import figures, graph
+from fledge.report.lineage import family as lineage_of
 from fledge.track import TrackConfig
 
 VOID = {"meta", "img", "br", "hr", "input", "link"}
@@ -81,8 +85,7 @@ def make(out: Path, name: str, stage: str, kind: str, parents=None, scores=(), s
     return run.publish(kind, save, list(scores), architecture={"width": 8}, step=steps)
 
 
-@pytest.fixture
-def runs(tmp_path):
+def family(tmp_path: Path) -> Path:
     """Pixels -> mae, text -> clm, both -> clip; one figure that does not beat its baseline; one run unfinished."""
     seen = Score(
         "accuracy", 0.62, 400, 0.57, 0.67, before=0.31, baseline=0.7, baseline_name="raw pixels", unit="characters"
@@ -99,11 +102,19 @@ def runs(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def runs(tmp_path):
+    return family(tmp_path)
+
+
 def test_the_page_is_whole_and_alone(runs):
     path = report.write(report.runs_of(runs), runs / "report.html", "A family")
     text = path.read_text()
     page = Page(text)
-    assert "script" not in page.tags and "link" not in page.tags and "iframe" not in page.tags
+    assert page.tags.count("script") == 1 and "link" not in page.tags and "iframe" not in page.tags
+    script = text.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'" in text
     assert all(source.startswith("data:image/png;base64,") for source in page.loads) and len(page.loads) == 1
     assert not re.search(r"(?:https?:)?//[a-z]|url\(|@import", text, re.IGNORECASE)
     assert {link[1:] for link in page.links} <= set(page.ids)
@@ -113,7 +124,7 @@ def test_the_page_is_whole_and_alone(runs):
 
 def test_everything_from_outside_is_escaped(runs):
     text = report.write(report.runs_of(runs), runs / "report.html", EVIL).read_text()
-    assert EVIL not in text and "<script" not in text
+    assert EVIL not in text and text.count("<script") == 1
     assert text.count(html.escape(EVIL)) >= 20  # title, configs, metric name, caption, samples
 
 
@@ -129,11 +140,11 @@ def test_it_says_what_is_not_beaten_and_what_is_not_finished(runs):
 
 def test_the_family_comes_from_the_manifests(runs):
     """Rebuilt from one run alone, the page still names all ancestors."""
-    nodes, edges = report.family([report.View.read(runs / "clip")])
+    nodes, edges = lineage_of([report.View.read(runs / "clip")])
     names = {key: node.name for key, node in nodes.items()}
     named = {(names[a], names[b]) for a, b in edges}
     assert named == {("pixels", "mae"), ("text", "clm"), ("mae", "clip"), ("clm", "clip")}
-    nodes, edges = report.family([report.View.read(d) for d in report.runs_of(runs)])
+    nodes, edges = lineage_of([report.View.read(d) for d in report.runs_of(runs)])
     names = {key: node.name for key, node in nodes.items()}
     assert {(names[a], names[b]) for a, b in edges} == named | {("clm", "sft")}
 
@@ -168,6 +179,95 @@ def test_nothing_else_of_the_run_reaches_the_page(runs, monkeypatch):
     assert "c0ffee" not in report.write(report.runs_of(runs), runs / "report.html").read_text()
 
 
+def section(text: str, name: str) -> str:
+    return text.partition(f'id="run-{name}"')[2].partition("</section>")[0]
+
+
+def test_a_stage_says_what_departs_and_who_its_kin_is(runs):
+    text = report.write(report.runs_of(runs), runs / "report.html").read_text()
+    clip = section(text, "clip")
+    assert '<a href="#run-mae">mae</a> <small>(image)</small>' in clip
+    departs = clip.partition("departs from the published recipe")[2].partition("</dl>")[0]
+    assert re.findall("<dt>(.*?)</dt><dd>(.*?) <s>(.*?)</s></dd>", departs) == [
+        ("note", html.escape(f"clip {EVIL}"), "plain")
+    ]
+    assert clip.index("departs from the published recipe") < clip.index("The whole config") < clip.index("<svg")
+    assert '<a href="#run-clip">clip</a>' in section(text, "mae")  # its child
+    (runs / "clip" / "departures.json").unlink()  # as runs of an earlier version are
+    assert "departs from" not in section(report.write([runs / "clip"], runs / "one.html").read_text(), "clip")
+
+
+def test_how_it_ran(tmp_path):
+    def extra(step, rng):
+        known = {"time/step": 0.5, "time/data": 0.1, "time/tokens_per_second": 3000 + step % 3}
+        known |= {"train/spikes": step // 25, "system/mfu": 0.4 + step % 2 / 10, "system/memory_gib": 1 + step / 100}
+        return known
+
+    make(tmp_path, "clm", "pretrain.clm", "causal-lm", extra=extra)
+    odd = make(tmp_path, "mae", "pretrain.mae", "vision-encoder", finish=False)
+    odd.log(70, {"train/nonfinite": 3})
+    clm, mae = (report.View.read(tmp_path / name) for name in ("clm", "mae"))
+    assert {k: clm.health[k] for k in ("step", "speed", "data wait", "MFU", "memory", "spikes", "not finite")} == {
+        "step": "500 ms", "speed": "3,001 tokens/s", "data wait": "20.0%", "MFU": "45.0%", "memory": "1.59 GiB",
+        "spikes": "2", "not finite": "0",
+    }  # fmt: skip
+    assert "MFU" not in mae.health and mae.health["not finite"] == "3" and mae.health["speed"].endswith("rows/s")
+    text = report.write(report.runs_of(tmp_path), tmp_path / "report.html").read_text()
+    assert "45.0%" in text and "<th class=num>MFU</th>" in text
+    assert "MFU" not in report.write([tmp_path / "mae"], tmp_path / "mae.html").read_text()
+
+
+def test_runs_of_one_stage_share_their_charts(tmp_path):
+    for name in ("one", "two"):
+        make(tmp_path, name, "pretrain.mae", "vision-encoder")
+    make(tmp_path, "other", "pretrain.clm", "causal-lm")
+    text = report.write(report.runs_of(tmp_path), tmp_path / "report.html").read_text()
+    shared = text.partition("<section id=compared>")[2].partition("</section>")[0]
+    assert (
+        shared.count("<figure") == 3 and "one <b data-value>" in shared and "other" not in shared
+    )  # two of three runs
+    (chart,) = re.findall(r"<figure.*?</figure>", shared.partition("loss")[0] + shared.partition("loss")[2])[:1]
+    assert 'class="line c1"' in chart and 'class="line"' in chart
+
+
+def hovered(points):
+    data = re.search('data-hover="(.*?)"', svg.curves([points]))[1]
+    return json.loads(html.unescape(data))["lines"][0]
+
+
+def test_what_the_pointer_reads_is_what_was_logged():
+    points = [(float(x), y) for x, y in [(3, 0.1234567), (5, None), (7, 2e-9)]]
+    assert hovered(points) == {"from": 3, "by": 2, "y": [0.12346, None, 2e-9]}
+    assert hovered([(0, 1.0), (1, 1.0), (9, 2.0)]) == {"at": [0, 1, 9], "y": [1, 1, 2]}
+
+
+def test_the_frontier_and_the_calibration(tmp_path):
+    def extra(step, rng):
+        return {"train/objective/kl": step / 100, "train/objective/score": step / 60}
+
+    kept = track.Run.publish
+    gold = Score("gold score", 0.74, 320, 0.71, 0.77, before=0.7)
+    run = make(tmp_path, "ppo", "align.ppo", "chat-model", finish=False, extra=extra)
+    save = lambda folder: (folder / "model.safetensors").write_bytes(b"x")  # noqa: E731
+    kept(run, "chat-model", save, [gold], architecture={}, step=60, kl=0.2)
+    bins = [{"low": 0.5, "high": 0.75, "predicted": 0.6, "observed": 0.65, "n": 40}]
+    bins += [{"low": 0.75, "high": 1.0, "predicted": 0.9, "observed": 0.8, "n": 160}]
+    run = make(tmp_path, "reward", "align.reward", "reward-model", finish=False)
+    kept(run, "reward-model", save, [], architecture={}, step=60, calibration=bins, ece=0.09)
+    text = report.write(report.runs_of(tmp_path), tmp_path / "report.html").read_text()
+    Page(text)
+    ppo, reward = section(text, "ppo"), section(text, "reward")
+    assert "update 59 · KL 0.59 · 0.9833" in html.unescape(ppo) and "after · KL 0.2 · 0.74" in html.unescape(ppo)
+    assert "ECE 0.090" in reward and reward.count('class="whisker"') == 2 and reward.count('class="bar"') == 2
+    assert "ECE" not in ppo and "frontier:" not in reward
+
+
+def test_wilson_intervals():
+    """Newcombe 1998, table I: 81 of 263 and 0 of 20."""
+    assert figures.wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert figures.wilson(0, 20) == pytest.approx((0, 0.1611), abs=5e-5)
+
+
 # ------------------------------------------------------------------------------------------------------- drawings
 
 
@@ -177,6 +277,12 @@ def test_nothing_else_of_the_run_reaches_the_page(runs, monkeypatch):
 )
 def test_ticks_are_round(low, high, expected):
     assert svg.ticks(low, high) == pytest.approx(expected)
+
+
+def test_labels_tell_ticks_apart():
+    assert svg.labels([0.9995, 1, 1.0005]) == ["0.9995", "1", "1.0005"]
+    assert svg.labels([0, 0.25, 1500]) == ["0", "0.25", "1.5k"]
+    assert svg.labels([100_001, 100_002]) == ["100.001k", "100.002k"]
 
 
 def test_thinning_keeps_means_extremes_and_ends():
@@ -190,10 +296,10 @@ def test_thinning_keeps_means_extremes_and_ends():
 
 
 def test_a_missing_value_is_a_gap():
-    drawing = svg.curve([(0, 1.0), (1, 2.0), (2, None), (3, 1.0), (4, 2.0)])
+    drawing = svg.curves([[(0, 1.0), (1, 2.0), (2, None), (3, 1.0), (4, 2.0)]])
     (path,) = re.findall(r'class="line" d="([^"]+)"', drawing)
     assert path.count("M") == 2 and path.count("L") == 2
-    assert "no finite value" in svg.curve([(0, None), (1, None)])
+    assert "no finite value" in svg.curves([[(0, None), (1, None)]])
 
 
 def test_smoothing_is_centred():
@@ -207,14 +313,14 @@ def test_boxes_of_a_graph_do_not_overlap():
     pairs = [tuple(e.split(">")) for e in edges.split()]
     names = {n for pair in pairs for n in pair}
     for down in (False, True):
-        drawing = svg.graph({n: svg.Node(n) for n in sorted(names)}, pairs, down=down)
+        drawing = graph.draw({n: graph.Node(n) for n in sorted(names)}, pairs, down=down)
         box = r'<rect x="([-\d.]+)" y="([-\d.]+)" width="([\d.]+)" height="([\d.]+)"'
         boxes = [tuple(map(float, found)) for found in re.findall(box, drawing)]
         assert len(boxes) == len(names)
         for i, (x, y, w, h) in enumerate(boxes):
             for x2, y2, w2, h2 in boxes[i + 1 :]:
                 assert x + w <= x2 or x2 + w2 <= x or y + h <= y2 or y2 + h2 <= y
-        assert svg.crossings(*svg.arranged(sorted(names), pairs)) == 0
+        assert graph.crossings(*graph.arranged(sorted(names), pairs)) == 0
         width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawing).groups())
         assert all(x >= 0 and y >= 0 and x + w <= width and y + h <= height for x, y, w, h in boxes)
 

@@ -2,8 +2,8 @@
 
 Every stage at toy size on generated data, with dropout (but PPO) and random augmentation on. The uninterrupted and the
 killed run are in processes of different hash seeds with scrambled global generators. Ranks and data workers are spread
-over the stages. What is compared: every tensor of the last checkpoint, every number of metrics.jsonl but times, and the
-digest of the artifact, which holds every score.
+over the stages. What is compared: every tensor of the last checkpoint, every number of metrics.jsonl but times and
+memory, and the digest of the artifact, which holds every score.
 """
 
 import json
@@ -236,9 +236,9 @@ def run_of(name: str, folder: Path) -> Path:
 
 
 def curve(run: Path) -> list[dict[str, Any]]:
-    """Every number that was logged, in order, without times."""
+    """Every number that was logged, in order, without times and memory."""
     lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "system/"))} for line in lines]
 
 
 def last_checkpoint(run: Path) -> dict[str, torch.Tensor]:

@@ -290,7 +290,7 @@ def test_out_of_memory_names_the_largest_micro_batch_to_try(tmp_path):
 
 
 def without_times(records, *drop):
-    return [{k: v for k, v in r.items() if not k.startswith(("time/", *drop))} for r in records]
+    return [{k: v for k, v in r.items() if not k.startswith(("time/", "system/", *drop))} for r in records]
 
 
 def test_what_is_logged(tmp_path):
@@ -302,7 +302,7 @@ def test_what_is_logged(tmp_path):
     assert [r["train/lr"] for r in logged] == [lr(step) for step in range(6)]
     for r in logged:
         assert set(r) == {"step", "train/loss", "train/square", "train/small", "train/lr", "train/grad_norm"} | {
-            "time/step", "time/data", "time/rows_per_second"
+            "train/spikes", "time/step", "time/data", "time/data_share", "time/rows_per_second", "system/memory_gib"
         }  # fmt: skip
         assert r["train/loss"] == pytest.approx(2 * r["train/square"] + 0.5 * r["train/small"], rel=1e-6)
         assert r["train/grad_norm"] > 0.01  # before clipping

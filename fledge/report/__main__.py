@@ -1,0 +1,5 @@
+"""`python -m fledge.report OUT`"""
+
+from fledge.report import main
+
+raise SystemExit(main())
