@@ -24,7 +24,8 @@ from typing import Any
 from fledge import svg
 from fledge.errors import InputError
 from fledge.evals.score import Score
-from fledge.track import clock, figure, read_json, read_metrics, write_atomic
+from fledge.progress import clock
+from fledge.track import figure, read_json, read_metrics, write_atomic
 
 MOST_CHARTS = 9  # of a stage at first sight; the others are one click away
 MOST_ROWS = 12  # of a sample table, likewise
