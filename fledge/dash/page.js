@@ -161,7 +161,6 @@ async function lineage() {
   const {svg} = await ask("/api/lineage");
   if (!svg) return $("lineage").replaceChildren(nothing("no artifact yet"));
   const drawn = new DOMParser().parseFromString(svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"'), "image/svg+xml");
-  drawn.documentElement.removeAttribute("style"); // the policy of this page allows none in markup
   const graph = document.importNode(drawn.documentElement, true);
   graph.style.maxWidth = `${graph.viewBox.baseVal.width}px`;
   $("lineage").replaceChildren(graph);
@@ -258,7 +257,7 @@ function figure(value) {
     const [unit, letter] = size >= 1e9 ? [1e9, "G"] : size >= 1e6 ? [1e6, "M"] : [1e3, "k"];
     return `${+(value / unit).toPrecision(4)}${letter}`;
   }
-  return size < 1e-3 || size >= 1e12 ? value.toExponential(2) : String(+value.toPrecision(4));
+  return size < 1e-3 || size >= 1e12 ? (+value.toPrecision(3)).toExponential() : String(+value.toPrecision(4));
 }
 
 function paint(made) {
@@ -317,7 +316,7 @@ function paint(made) {
     pen.globalAlpha = 0.25;
     if (one.drawn !== one.line) trace(pen, one.line, made.scale);
     pen.globalAlpha = 1;
-    pen.lineWidth = 1.6;
+    pen.lineWidth = 1.5;
     pen.setLineDash(dash(one.run));
     trace(pen, one.drawn, made.scale);
     pen.setLineDash([]);

@@ -25,7 +25,7 @@ TYPES = {
     ".css": "text/css; charset=utf-8",
 }
 MEDIA = {".png": "image/png", ".json": "application/json"}
-POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
 ALONE = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 Answer = tuple[int, str, bytes]
