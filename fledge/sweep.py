@@ -77,7 +77,7 @@ def parse(text: str) -> Setting:
     """
     key, equals, values = (part.strip() for part in text.partition("="))
     if not equals or not all(key.split(".")):
-        raise InputError(f"--set {text}: expected section.key=value,value,…, for example optim.lr=1e-3,2e-3")
+        raise InputError(f"--set {text}: expected a key and its values, for example optim.lr=1e-3,2e-3")
     found = configs.parse(f"[{values}]", f"--set {text}").data
     exact = [json.dumps(value) for value in found]
     if not found:

@@ -174,6 +174,8 @@ function rank(key) {
   return last[key] ?? group ?? 5;
 }
 
+const isNoisy = (key) => /^(train|time)\//.test(key) && key !== "train/lr";
+
 async function curves(changed) {
   let news = changed;
   for (const run of shown()) {
@@ -271,7 +273,8 @@ function paint(made) {
   const style = getComputedStyle(document.documentElement);
   const logarithmic = $("log").checked;
   const usable = (value) => value != null && (!logarithmic || value > 0);
-  const lines = made.lines.map((one) => ({...one, drawn: smooth(one.line, +$("smooth").value)}));
+  const span = isNoisy(made.dataset.key) ? +$("smooth").value : 0;
+  const lines = made.lines.map((one) => ({...one, drawn: smooth(one.line, span)}));
   const xs = lines.flatMap((one) => one.line.map((point) => point[0]));
   const banded = lines.length < 4;
   const ys = lines.flatMap((one) => [...one.line.map((point) => point[1]), ...(banded ? one.band.flatMap((b) => [b[1], b[2]]) : [])]).filter(usable);
