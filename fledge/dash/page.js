@@ -62,7 +62,8 @@ function matches(text, words) {
 }
 
 function said(run) {
-  if (run.state === "running") return isRunning(run) ? [`step ${run.step}`, "running"] : ["silent", ""];
+  const minutes = Math.round((Date.now() / 1000 - run.updated) / 60); // measuring, or killed: nobody can tell
+  if (run.state === "running") return isRunning(run) ? [`step ${run.step}`, "running"] : [`silent ${minutes} min`, ""];
   if (run.state === "finished") return [run.scores.length ? run.scores[0].after : "finished", ""];
   return [run.state, run.state];
 }
@@ -77,7 +78,8 @@ function list() {
       folder = run.folder;
       const inside = visible.filter((one) => one.folder === run.folder);
       if (folder) box.append(el("button", {class: "folder", type: "button", title: "all of this folder, or none",
-        onclick: () => choose(inside, !inside.every((one) => state.shown.has(one.id)))}, `${folder}/`));
+        onclick: () => choose(inside, !inside.every((one) => state.shown.has(one.id)))}, `${folder}/`,
+      run.group ? el("span", {}, ` · ${run.group}`) : null));
     }
     const check = el("input", {type: "checkbox", "aria-label": run.id});
     check.checked = state.shown.has(run.id);

@@ -79,9 +79,10 @@ class Runs:
         self._lock = threading.Lock()
 
     def find(self) -> dict[str, Path]:
-        """{place below the folder: the run's folder}, sorted. Runs that were set aside (NAME~1) are left out."""
+        """{place below the folder: the run's folder}, folder by folder. Runs that were set aside are left out."""
         found = {path.relative_to(self.folder).as_posix(): path for path in _runs_below(self.folder, DEEPEST)}
-        return {self.folder.resolve().name if name == "." else name: found[name] for name in sorted(found)}
+        ordered = sorted(found, key=lambda name: name.rpartition("/")[::2])
+        return {self.folder.resolve().name if name == "." else name: found[name] for name in ordered}
 
     def listing(self) -> list[dict[str, Any]]:
         """What is known of each run, but for its curves."""
@@ -143,21 +144,33 @@ class Runs:
         return None if path is None else report.page([report.View.read(path)], run)
 
     def lineage(self) -> str:
-        """From pixels and text to the newest artifact, as SVG; a click leads to the run."""
+        """From pixels and text to the newest run, as SVG; a click leads to the run."""
         with self._lock:
-            found = {name: self._json(path / "artifact" / "manifest.json", {}) for name, path in self.find().items()}
+            made = [(name, self._origin(name, path)) for name, path in self.find().items()]
         nodes: dict[str, svg.Node] = {}
         edges: list[tuple[str, str]] = []
-        for name, manifest in found.items():
-            if digest := manifest.get("digest"):
-                scores = [_score(score) for score in manifest["metrics"].get("scores", [])]
-                below = f"{scores[0]['metric']} {scores[0]['after']}" if scores else manifest["kind"]
-                nodes.setdefault(digest, svg.Node(name, below, href=f"/run?id={quote(name, safe='')}"))
-        for manifest in found.values():
-            if manifest.get("digest"):
-                _ancestors(manifest, nodes, edges)
+        for name, origin in made:
+            place = f"/run?id={quote(name, safe='')}"
+            nodes.setdefault(origin["digest"], svg.Node(name, origin["below"], href=place))
+        for _, origin in made:
+            _ancestors(origin, nodes, edges)
         drawn = svg.graph(nodes, edges) if nodes else ""
         return re.sub(r'^<svg style="[^"]*"', "<svg", drawn)  # the policy of the page allows no style in markup
+
+    def _origin(self, name: str, path: Path) -> dict[str, Any]:
+        """What a run's artifact says of its parents; before there is one, its identity knows their digests."""
+        manifest = self._json(path / "artifact" / "manifest.json", None)
+        if manifest is not None:
+            scores = [_score(score) for score in manifest["metrics"].get("scores", [])]
+            below = f"{scores[0]['metric']} {scores[0]['after']}" if scores else manifest["kind"]
+            return {**manifest, "below": below}
+        identity = self._json(path / "identity.json", {})
+        parents = {
+            role: {"digest": digest, "name": digest[:8], "kind": "", "stage": ""}
+            for role, digest in identity.get("parents", {}).items()
+        }
+        state = self._json(path / "status.json", {}).get("state", "")
+        return {"digest": name, "kind": "", "stage": identity.get("stage", ""), "parents": parents, "below": state}
 
     def _json(self, path: Path, default: Any) -> Any:
         stamp = _stamp(path)

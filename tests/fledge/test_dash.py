@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fledge import cli
+from fledge import artifact, cli
 from fledge.config import Config, StageConfig, parent
 from fledge.dash import server
 from fledge.errors import InputError
@@ -102,11 +102,13 @@ def client(runs):
 def test_runs_of_folders_of_folders(runs, client):
     for other in (".hidden/run", "one~1", "one/wandb/inner"):
         shutil.copytree(runs / "sweep/lr-1/two", runs / other)
+    shutil.copytree(runs / "one", runs / "sweep/a/z")
     (runs / "loop").symlink_to(runs, target_is_directory=True)
     (runs / "report.html").write_text("")
     found = client.json("/api/runs")
     assert [(run["id"], run["folder"], run["name"]) for run in found] == [
         ("one", "", "one"),
+        ("sweep/a/z", "sweep/a", "z"),
         ("sweep/lr-1/two", "sweep/lr-1", "two"),
     ]
     one = found[0]
@@ -153,6 +155,10 @@ def test_numbers_appear_as_they_are_logged_and_go_when_they_are_dropped(runs, cl
     assert look() == [[0, 0], [1, 1]]
     run.log(2, {"x": -1})
     assert look() == [[0, 0], [1, 1], [2, -1]]
+    run.truncate(0)  # back, and further than it was, between two looks
+    for step in range(9):
+        run.log(step, {"x": 0.5})
+    assert look() == [[s, 0.5] for s in range(9)]
     assert len(set(versions)) == len(versions)
     run.close()
 
@@ -181,6 +187,16 @@ def test_media_and_pages_and_lineage(client):
     for path, kind in (("/", "text/html"), ("/page.js", "text/javascript"), ("/page.css", "text/css")):
         status, headers, _ = client.ask(path)
         assert status == 200 and headers["Content-Type"].startswith(kind)
+
+
+def test_the_lineage_of_a_run_that_goes_on(runs, client):
+    first = artifact.open(runs / "one/artifact")
+    run = open_run(runs, "child", {"init": first})
+    drawn = client.json("/api/lineage")["svg"]
+    assert "one to child" in drawn and 'href="/run?id=child"' in drawn and ">running<" in drawn
+    run.close()
+    shutil.rmtree(runs / "one")  # what it was raised from is known by its digest alone
+    assert f"{first.digest[:8]} to child" in client.json("/api/lineage")["svg"]
 
 
 def test_a_file_that_was_changed_from_outside_is_named(runs, client):
