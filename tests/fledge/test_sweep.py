@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fledge import cli, recipe, sweep
+from fledge import cli, preempt, recipe, sweep
 from fledge.errors import InputError, RunError
 from tests import launch
 
@@ -277,6 +277,7 @@ def test_a_sweep_runs_side_by_side_reuses_and_fails_in_part(capfd, monkeypatch):
 
 
 def test_a_sweep_that_is_stopped_leaves_nobody_behind(monkeypatch, capfd):
+    monkeypatch.setattr(preempt, "_asked", None)  # and so again afterwards: the signal comes to this process
     monkeypatch.setenv("PYTHONPATH", str(launch.ROOT))
 
     def stop():
