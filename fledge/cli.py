@@ -18,6 +18,7 @@ from fledge.redact import redact
 
 KINDS = "vision-encoder, text-encoder, causal-lm, image-classifier, dual-encoder, chat-model, reward-model"
 OVERRIDES = "name.section.key=value (of one stage's file: section.key=value); the value is YAML"
+SWEEP = "a run for each value; again: for each combination. Comma-separated YAML, for example seed=0,1,2"
 RESTARTS = "start again after failures, N times in a row without a newer checkpoint; default 0: never"
 
 
@@ -33,6 +34,8 @@ def parser() -> argparse.ArgumentParser:
     _add_file(run)
     run.add_argument("--only", metavar="STAGE", help="run just this stage of a recipe")
     run.add_argument("--fresh", action="store_true", help="run anew; earlier runs are moved aside, never deleted")
+    run.add_argument("--set", action="append", metavar="KEY=V,V", help=SWEEP)
+    run.add_argument("--jobs", type=_positive, default=1, metavar="N", help="with --set: stages at once; default 1")
     run.set_defaults(work=_run)
 
     start = commands.add_parser("launch", help="run on several processes or machines, here or by SLURM")
@@ -51,7 +54,15 @@ def parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="say for each stage whether it would run, resume or be reused, and why")
     _add_file(plan)
+    plan.add_argument("--set", action="append", metavar="KEY=V,V", help=SWEEP)
     plan.set_defaults(work=_plan)
+
+    dash = commands.add_parser("dash", help="all runs of a folder in the browser, while they go on")
+    dash.add_argument(
+        "runs", nargs="?", default="runs", metavar="RUNS", help="a folder of runs, also of folders of them"
+    )
+    dash.add_argument("--port", type=_natural, metavar="N", help="default 8347, or a free one where that is taken")
+    dash.set_defaults(work=_dash)
 
     show = commands.add_parser("show", help="verify an artifact and say what it is and where it came from")
     show.add_argument("dir", metavar="DIR", help="an artifact's folder, or its run's")
@@ -102,15 +113,31 @@ def _positive(text: str) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from fledge import recipe
+    from fledge import recipe, sweep
 
-    recipe.run(args.file, args.overrides, args.out, args.only, args.fresh)
+    if not args.set:
+        if args.jobs > 1:
+            raise InputError("--jobs: the stages of a recipe run one after another; it belongs to --set")
+        recipe.run(args.file, args.overrides, args.out, args.only, args.fresh)
+    elif args.only is not None:
+        raise InputError("--only runs one stage, --set the whole recipe several times; give one of them")
+    else:
+        sweep.run(sweep.load(args.file, args.set, args.overrides, args.out), args.jobs, args.fresh)
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from fledge import recipe
+    from fledge import recipe, sweep
 
-    print(recipe.plan(args.file, args.overrides, args.out))
+    if args.set:
+        print(sweep.plan(sweep.load(args.file, args.set, args.overrides, args.out)))
+    else:
+        print(recipe.plan(args.file, args.overrides, args.out))
+
+
+def _dash(args: argparse.Namespace) -> None:
+    from fledge.dash import server
+
+    server.main(args.runs, args.port)
 
 
 def _show(args: argparse.Namespace) -> None:

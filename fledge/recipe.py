@@ -194,13 +194,16 @@ def _recipe(path: Path, tree: Tree, overrides: Sequence[str], out: str | Path | 
         name = text.partition("=")[0].strip().partition(".")[0]
         if text in own:
             continue
-        if name in for_stage and "." in text.partition("=")[0]:
+        if text.partition("=")[0].strip() == "seed":  # of every stage
+            for stage, texts in for_stage.items():
+                texts.append(f"{stage}.{text.strip()}")
+        elif name in for_stage and "." in text.partition("=")[0]:
             for_stage[name].append(text)
         else:
             hint = configs.nearest(name, list(for_stage))
             problems.append(
                 f"override {text}  {name}  no stage of this recipe, expected name.section.key=value "
-                f"with a name of {', '.join(for_stage)}{hint}"
+                f"with a name of {', '.join(for_stage)}, or seed=value for all of them{hint}"
             )
     if not recipe.stages:
         problems.append(f"{tree.place(('stages',))}  stages  empty, expected {{name: {{stage: …, config: …}}}}")
@@ -261,7 +264,8 @@ def _wires(name: str, entry: Entry, recipe: Recipe, tree: Tree, overrides: list[
         parts = key.strip().split(".")
         if len(parts) == 3 and parts[1] == "parents":
             overrides.remove(text)
-            given[parts[2]] = ("" if value.strip() in ("", "null", "~") else value.strip(), f"override {text}")
+            found = configs.parse(value, f"override {text}").data
+            given[parts[2]] = ("" if found is None else str(found), f"override {text}")
     wires = {}
     for role, (value, place) in given.items():
         if value in recipe.stages or not value:
@@ -499,11 +503,16 @@ def plan(file: str | Path, overrides: Sequence[str] = (), out: str | Path | None
     job = load(file, overrides, out)
     check(job.stages)
     merged = [f"# {stage.name}\n{configs.dump(stage.config)}" for stage in job.stages]
+    return "\n".join([*merged, *plan_table(job)])
+
+
+def plan_table(job: Job) -> list[str]:
+    """A row for each stage: what would happen, and why."""
     rows = [
         [stage.name, stage.config.stage, _feeds(stage), decision.action, decision.why]
         for stage, decision in zip(job.stages, decisions(job), strict=True)
     ]
-    return "\n".join([*merged, *table(["name", "stage", "parents", "would", "why"], rows)])
+    return table(["name", "stage", "parents", "would", "why"], rows)
 
 
 def _feeds(stage: Stage) -> str:
@@ -620,13 +629,14 @@ def closing_table(stages: Sequence[Stage], artifacts: "Mapping[str, Artifact]") 
     """What each stage reached, beside where it began and what needs no learning; what falls short is said below."""
     from fledge import track
     from fledge.evals.score import Score
+    from fledge.progress import clock
     from fledge.track import figure
 
     rows, notes = [], []
     for stage in stages:
         artifact = artifacts[stage.name]
         seconds = track.read_json(stage.dir / "status.json", {}).get("seconds")
-        ends = ["–" if seconds is None else track.clock(seconds), str(artifact.path)]
+        ends = ["–" if seconds is None else clock(seconds), str(artifact.path)]
         scores = [Score.from_dict(score) for score in artifact.metrics.get("scores", [])]
         for i, score in enumerate(scores):
             baseline = figure(score.baseline) + (f" ({score.baseline_name})" if score.baseline_name else "")

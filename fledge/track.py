@@ -6,16 +6,11 @@ and never stands in the way. Only the main process writes; every method may be c
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import re
-import subprocess
-import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -24,8 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from fledge.config import Config, bookkeeping, data_sections, departures, dump, science
+from fledge.environment import changed_versions, environment
 from fledge.errors import InputError, RunError
-from fledge.redact import redact
+from fledge.progress import Progress
+from fledge.records import encode, read_json, read_metrics, read_records, write_atomic, write_json
+from fledge.wandb_sink import Wandb, wandb_mode
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,10 +33,7 @@ if TYPE_CHECKING:
     from fledge.config import StageConfig
     from fledge.evals.score import Score
 
-PACKAGES = ("fledge", "torch", "torchvision", "accelerate", "timm", "transformers", "trl", "peft", "tokenizers")
-PACKAGES += ("safetensors", "numpy", "pillow", "pydantic", "wandb")
 FORMAT = 1  # of a run's folder; one without a number is of the first
-PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal to draw a bar on
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -50,73 +45,13 @@ class TrackConfig(Config):
     project: str = bookkeeping("fledge")
     """The wandb project."""
     group: str = bookkeeping("")
-    """The wandb group; a recipe sets its own name."""
+    """The wandb group; a recipe and a sweep set their own name."""
     tags: list[str] = bookkeeping([])
     """wandb tags."""
-
-
-# ---------------------------------------------------------------------------------------------- metrics.jsonl
-
-
-def encode(step: int, values: Mapping[str, Any]) -> str:
-    """One line of metrics.jsonl. JSON knows no NaN: such a value becomes null and is named under "nonfinite"."""
-    record: dict[str, Any] = {"step": int(step)}
-    odd: dict[str, str] = {}
-    for key, value in values.items():
-        number = int(value) if isinstance(value, int) else float(value)
-        finite = math.isfinite(number)
-        record[key] = number if finite else None
-        if not finite:
-            odd[key] = repr(number)
-    if odd:
-        record["nonfinite"] = odd
-    return json.dumps(record, ensure_ascii=False, allow_nan=False)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, in order. A last line torn by a kill is left out."""
-    return _records(path)[0]
-
-
-def _records(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The whole records and how many bytes they take; what follows those bytes is torn."""
-    data = path.read_bytes() if path.exists() else b""
-    whole = data.rfind(b"\n") + 1
-    records: list[dict[str, Any]] = []
-    for number, line in enumerate(data[:whole].splitlines(), 1):
-        try:
-            record = json.loads(line)
-            record["step"] = int(record["step"])
-        except (ValueError, KeyError, TypeError):
-            raise InputError(
-                f"{path}:{number}: expected a JSON object with a step, found {line[:60]!r}; the file was changed from "
-                "outside. Remove that line, or start the run in another folder."
-            ) from None
-        records.append(record)
-    return records, whole
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` so that a reader, or a kill, finds the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def read_json(path: Path, default: Any) -> Any:
-    """What `write_json` wrote, or `default` where there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+    label: str = bookkeeping("")
+    """The name in wandb; by default the run's. A sweep puts its settings before it."""
+    upload_weights: bool = bookkeeping(False)
+    """Online: the weights of artifacts go to wandb too, not only manifest, model card and config."""
 
 
 # --------------------------------------------------------------------------------------------------- identity
@@ -177,251 +112,6 @@ def set_aside(folder: Path) -> Path:
         number += 1
     os.rename(folder, kept)
     return kept
-
-
-# ------------------------------------------------------------------------------------------------ environment
-
-
-def environment() -> dict[str, Any]:
-    """Versions, cores, device and git revision. No environment variables and no arguments: they may hold secrets."""
-    return {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "device": _device(),
-        "git": _git(),
-    }
-
-
-def changed_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What could change bits between two environments: `torch 2.13.0 -> 2.14.0`, one text each."""
-    old, new = ({**e.get("packages", {}), "python": e.get("python"), "device": e.get("device")} for e in (before, now))
-    names = dict.fromkeys([*old, *new])
-    return [f"{n} {old.get(n) or 'absent'} -> {new.get(n) or 'absent'}" for n in names if old.get(n) != new.get(n)]
-
-
-def _version(package: str) -> str | None:
-    with suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return None
-
-
-def _device() -> str:
-    torch = sys.modules.get("torch")  # whoever trains has imported it; nobody else should wait for it
-    if torch is None:
-        return "cpu"
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    return "mps" if torch.backends.mps.is_available() else f"cpu ({torch.get_num_threads()} threads)"
-
-
-def _git() -> dict[str, Any] | None:
-    """The revision of the working folder, and whether it had changes; None outside a repository."""
-
-    def ask(*args: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *args], capture_output=True, text=True, timeout=5, check=True)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip()
-
-    revision = ask("rev-parse", "HEAD")
-    return {"revision": revision, "changed": bool(ask("status", "--porcelain", "-uno"))} if revision else None
-
-
-# --------------------------------------------------------------------------------------------------- progress
-
-
-def clock(seconds: float) -> str:
-    """Seconds as 0:07, 12:30 or 3:05:00."""
-    minutes, seconds = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-class Progress:
-    """A bar on a terminal, a plain line every ten seconds elsewhere; both say stage, step, loss, speed and ETA."""
-
-    def __init__(self, stage: str, total: int, start: int, unit: str, show: bool, stream=None):
-        self.stage, self.total, self.start, self.step, self.unit = stage, total, start, start, unit
-        self.stream = stream or sys.stderr
-        self.loss: float | None = None
-        self.rows, self.began = 0, time.monotonic()
-        self._spoke, self._said = self.began, start - 1
-        self._bar = None
-        self._show = show
-        if show and self.stream.isatty():
-            from tqdm import tqdm
-
-            layout = "{desc} {n_fmt}/{total_fmt} |{bar}| {postfix} {elapsed}<{remaining}"
-            self._bar = tqdm(total=total, initial=start, desc=stage, file=self.stream, dynamic_ncols=True,
-                             bar_format=layout, mininterval=0.2)  # fmt: skip
-
-    def update(self, values: Mapping[str, Any] | None = None, rows: int = 0) -> None:
-        """One more step is done, over `rows` images or sequences; shows "loss" of `values`, or the last one known."""
-        self.step += 1
-        self.rows += rows
-        self.loss = (values or {}).get("loss", self.loss)
-        if not self._show:
-            return
-        if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(self._figures()), refresh=False)
-            self._bar.update(1)
-        elif time.monotonic() - self._spoke >= PLAIN_EVERY:
-            self._line()
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-        elif self._show and self._said != self.step and self.step > self.start:
-            self._line()
-        self._show = False
-
-    def write(self, text: str) -> None:
-        """Print `text` without tearing the bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
-        else:
-            print(text, flush=True)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self.close()
-
-    def line(self) -> str:
-        """mae  step 120/400  loss 0.5123  3.20 it/s  410 img/s  ETA 1:27"""
-        passed, done = time.monotonic() - self.began, self.step - self.start
-        left = passed / done * (self.total - self.step) if done else 0.0
-        eta = f"ETA {clock(left)}" if self.step < self.total else f"took {clock(passed)}"
-        return "  ".join([self.stage, f"step {self.step}/{self.total}", *self._figures(), eta])
-
-    def _figures(self) -> Iterator[str]:
-        passed = max(time.monotonic() - self.began, 1e-9)
-        if self.loss is not None:
-            yield f"loss {self.loss:.4f}"
-        yield f"{(self.step - self.start) / passed:.2f} it/s"
-        if self.rows:
-            yield f"{self.rows / passed:,.0f} {self.unit}/s"
-
-    def _line(self) -> None:
-        print(self.line(), file=self.stream, flush=True)
-        self._spoke, self._said = time.monotonic(), self.step
-
-
-# ------------------------------------------------------------------------------------------------------ wandb
-
-
-def wandb_mode(wish: str) -> str:
-    """online, offline or off. WANDB_MODE counts where the config says auto. InputError: online, but no key anywhere."""
-    if wish == "off":
-        return "off"
-    if wish == "auto":
-        asked = os.environ.get("WANDB_MODE", "").lower()
-        if asked in ("disabled", "off"):
-            return "off"
-        wish = asked if asked in ("online", "offline") else ("online" if _has_key() else "offline")
-        return "offline" if wish == "online" and not _has_key() else wish
-    if wish == "online" and not _has_key():
-        raise InputError(
-            "track.wandb: online, but there is no key: set WANDB_API_KEY, run `wandb login` once, or write "
-            "track.wandb: auto, which logs offline until there is one."
-        )
-    return wish
-
-
-def _has_key() -> bool:
-    """A key in the environment, or an entry for the server in netrc. Nobody is asked and nothing is kept."""
-    import netrc
-    from urllib.parse import urlparse
-
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
-    asked = os.environ.get("NETRC")
-    for path in [Path(asked)] if asked else [Path.home() / ".netrc", Path.home() / "_netrc"]:
-        with suppress(OSError, netrc.NetrcParseError):
-            if netrc.netrc(str(path)).hosts.get(host):
-                return True
-    return False
-
-
-class Wandb:
-    """The same numbers, told to wandb. It sends no code, arguments or host data, and whatever fails in it ends only it.
-
-    `wandb.json` in the run folder keeps the id, so that a resumed run goes on as the same one, and the last step sent,
-    so that no step is sent twice.
-    """
-
-    def __init__(self, folder: Path, track: TrackConfig, name: str, say: Callable[[str], None]):
-        self.folder, self.track, self.name, self._say = folder, track, name, say
-        kept = read_json(folder / "wandb.json", {"id": uuid.uuid4().hex[:12], "last_step": -1})
-        self.id, self.sent, self.last = kept["id"], kept["last_step"], kept["last_step"]
-        self.run: Any = None
-
-    def start(self, mode: str, config: dict[str, Any]) -> None:
-        """Open the run there. A server out of reach is no reason to lose the numbers: then they are kept offline."""
-        self._keep()
-        for attempt in dict.fromkeys([mode, "offline"]):
-            self.run = self._guard(f"could not start {attempt}", lambda m=attempt: self._init(m, config))
-            if self.run is not None:
-                return
-
-    def _init(self, mode: Any, config: dict[str, Any]) -> Any:
-        os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb
-
-        quiet = wandb.Settings(
-            silent=True, console="off", init_timeout=30, save_code=False, disable_code=True, disable_git=True,
-            disable_job_creation=True, x_disable_meta=True, x_disable_machine_info=True, x_save_requirements=False,
-            x_disable_stats=mode == "offline",
-        )  # fmt: skip
-        return wandb.init(
-            project=self.track.project, group=self.track.group or None, tags=self.track.tags or None, name=self.name,
-            id=self.id, resume="allow", mode=mode, dir=str(self.folder), config=config, reinit="create_new",
-            settings=quiet,
-        )  # fmt: skip
-
-    def send(self, step: int, values: Mapping[str, float]) -> None:
-        """Tell the numbers of `step`, unless an earlier attempt of this run has told them."""
-        if self.run is None or step <= self.sent:
-            return
-        if step > self.last:  # noted before it is sent: after a kill a step may be missing there, never be there twice
-            self.last = step
-            self._keep()
-        numbers = {k: float(v) for k, v in values.items()}
-        self._guard("stopped taking numbers", lambda: self.run.log(numbers, step=step))
-
-    def media(self, name: str, make: Callable[[Any], Any]) -> None:
-        """Show `make(wandb)` as media/NAME beside the newest step."""
-        if self.run is None:
-            return
-        import wandb
-
-        step = max(self.last, 0)
-        self._guard(f"did not take {name}", lambda: self.run.log({f"media/{name}": make(wandb)}, step=step))
-
-    def finish(self, failed: bool = False) -> None:
-        if self.run is not None:
-            run = self.run
-            self._guard("did not finish", lambda: run.finish(exit_code=int(failed)))
-        self.run = None
-
-    def _keep(self) -> None:
-        write_json(self.folder / "wandb.json", {"id": self.id, "last_step": self.last})
-
-    def _guard(self, what: str, act: Callable[[], Any]) -> Any:
-        """Call wandb. Any error of it, of whatever type, costs the run its wandb page and one sentence, no more."""
-        try:
-            return act()
-        except Exception as error:  # noqa: BLE001  (third party: network, service process, disk; none may end training)
-            first = redact((str(error).strip().splitlines() or [""])[0])[:200]
-            self._say(f"wandb {what} ({type(error).__name__}: {first}); metrics.jsonl has everything")
-            self.run = None
-            return None
 
 
 # -------------------------------------------------------------------------------------------------------- run
@@ -501,7 +191,7 @@ class Run:
         except OSError as error:
             raise InputError(f"out: cannot write to {self.dir}: {error.strerror}; choose another folder") from error
         self._attempt(topology)
-        _, whole = _records(self.dir / "metrics.jsonl")
+        _, whole = read_records(self.dir / "metrics.jsonl")
         self._open_metrics(whole)
         track = getattr(self.config, "track", None)
         if track is not None and mode != "off":
@@ -528,6 +218,7 @@ class Run:
         before = read_json(self.dir / "status.json", {})
         self._status = {"state": "running", "stage": self.config.stage, "started": before.get("started", now)}
         self._status |= {"updated": now, "seconds": before.get("seconds", 0.0), "step": before.get("step", 0)}
+        self._status["group"] = getattr(getattr(self.config, "track", None), "group", "")
         self._clock = (time.monotonic(), self._status["seconds"])
         self._note()
 
@@ -588,6 +279,8 @@ class Run:
         self._close_metrics()
         write_atomic(path, "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in kept))
         self._open_metrics()
+        if self._wandb is not None:
+            self._wandb.catch_up(kept)
 
     def _open_metrics(self, whole: int | None = None) -> None:
         """Open for appending; bytes after `whole` are a line that a kill tore."""
@@ -682,7 +375,7 @@ class Run:
 
         def hand_over() -> None:
             self.finish_progress()
-            artifact.write(
+            made = artifact.write(
                 path, kind=kind, save=save, config=dump(config), parents=self.parents or None, origin=origin,
                 architecture=architecture, step=self.taken["step"] if self.taken else step, seed=config.seed,
                 checkpoint=self.taken,
@@ -691,6 +384,9 @@ class Run:
             )  # fmt: skip
             for score in scores:
                 self.say(sentence(score))
+            if self._wandb is not None:
+                self._wandb.summary({f"score/{s.metric}": s.after for s in scores})
+                self._wandb.lineage(made, self.parents)
             self.close("finished", step=step)
 
         distributed.on_main(hand_over)

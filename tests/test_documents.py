@@ -14,7 +14,7 @@ import timm
 import yaml
 from PIL import Image
 
-from fledge import artifact, cli, files, recipe
+from fledge import artifact, cli, files, recipe, sweep
 from fledge import config as configs
 from fledge.data import chats, preferences
 from fledge.errors import InputError
@@ -199,3 +199,15 @@ def test_every_config_that_is_named_exists():
     assert len(told) > 15
     made_up = {"configs/pretrain/rotation_world.yaml"}  # of the example in CONTRIBUTING.md
     assert not [name for name in told - made_up if not (ROOT / name).exists()]
+
+
+# ------------------------------------------------------------------------------------------------ docs/tracking.md
+
+
+def test_the_sweeps_of_the_tracking_page_are_accepted():
+    commands = re.findall(r"^fledge (?:run|plan) (\S+) (--set [^#\n]+)", (ROOT / "docs/tracking.md").read_text(), re.M)
+    count = []
+    for file, options in commands:
+        sets = re.findall(r"--set (\S+)", options)
+        count.append(len(sweep.load(ROOT / file if "/" in file else file, sets).combinations))
+    assert count == [4, 2, 3]

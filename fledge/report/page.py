@@ -16,12 +16,13 @@ from pathlib import Path
 from fledge import svg
 from fledge.errors import InputError
 from fledge.evals.score import Score
+from fledge.progress import clock
 from fledge.report.figures import compared
 from fledge.report.lineage import lineage
 from fledge.report.markup import digits, numeric, signed
 from fledge.report.stage import health, section
 from fledge.report.view import View, alike, runs_of
-from fledge.track import clock, write_atomic
+from fledge.track import write_atomic
 
 
 def write(run_dirs: Sequence[Path], path: Path, title: str = "") -> Path:

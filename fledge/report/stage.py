@@ -9,11 +9,11 @@ from html import escape
 from typing import Any
 
 from fledge.evals.score import Score
+from fledge.progress import clock
 from fledge.report.figures import calibration, charts, frontier
 from fledge.report.markup import details, digits, table, terms
 from fledge.report.media import gallery
 from fledge.report.view import HEALTH, View
-from fledge.track import clock
 
 
 def section(view: View, views: Sequence[View]) -> str:

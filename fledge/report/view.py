@@ -11,7 +11,8 @@ from typing import Any
 
 from fledge import svg
 from fledge.evals.score import Score
-from fledge.track import clock, figure, read_json, read_metrics
+from fledge.progress import clock
+from fledge.track import figure, read_json, read_metrics
 
 
 @dataclass

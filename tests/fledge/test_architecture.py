@@ -83,7 +83,10 @@ print(sorted({heavy} & set(sys.modules)))
     assert fresh(code).splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("module", ["config", "recipe", "artifact", "track", "cli", "errors", "files", "report"])
+LIGHT = ["config", "recipe", "sweep", "artifact", "track", "cli", "errors", "files", "report", "dash.server"]
+
+
+@pytest.mark.parametrize("module", LIGHT)
 def test_what_plans_and_reads_imports_no_torch(module):
     assert fresh(f"import sys, fledge.{module}; print('torch' in sys.modules)") == "False"
 

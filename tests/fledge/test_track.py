@@ -1,12 +1,7 @@
 """The run folder: what is on the disk after a kill, after a resume, and with a secret in the environment."""
 
-import io
 import json
 import math
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -193,137 +188,9 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
-# ------------------------------------------------------------------------------------------------------ progress
-
-
-def test_without_a_terminal_there_is_a_plain_line_now_and_then(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(track.time, "monotonic", lambda: now[0])
-    out = io.StringIO()
-    with track.Progress("mae", 100, 40, "img", show=True, stream=out) as progress:
-        for i in range(60):
-            now[0] += 0.5
-            progress.update({"loss": 1 / (i + 1)}, rows=32)
-    lines = out.getvalue().splitlines()
-    assert lines[0] == "mae  step 60/100  loss 0.0500  2.00 it/s  64 img/s  ETA 0:20"
-    assert len(lines) == 3 and lines[-1] == "mae  step 100/100  loss 0.0167  2.00 it/s  64 img/s  took 0:30"
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (750, "12:30"), (11100, "3:05:00")])
-def test_clock(seconds, text):
-    assert track.clock(seconds) == text
-
-
 def test_a_sentence_says_what_is_not_beaten():
     score = Score("accuracy", 0.5, 200, 0.4, 0.6, before=0.2, baseline=0.55, baseline_name="raw pixels")
     assert track.sentence(score) == (
         "accuracy 0.5 [0.4, 0.6] over 200 examples, before 0.2, raw pixels 0.55, "
         "DOES NOT BEAT ITS BASELINE (RAW PIXELS)"
     )
-
-
-# --------------------------------------------------------------------------------------------------------- wandb
-
-
-@pytest.fixture
-def nobody(tmp_path, monkeypatch):
-    """An account without any key."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    return tmp_path
-
-
-def test_mode_follows_the_key(nobody, monkeypatch):
-    assert track.wandb_mode("auto") == "offline" and track.wandb_mode("off") == "off"
-    with pytest.raises(InputError, match="WANDB_API_KEY"):
-        track.wandb_mode("online")
-    (nobody / ".netrc").write_text("machine example.org login user password x\n")
-    assert track.wandb_mode("auto") == "offline"
-    (nobody / ".netrc").write_text(f"machine api.wandb.ai login user password {CANARY}\n")
-    assert track.wandb_mode("auto") == "online" and track.wandb_mode("offline") == "offline"
-    (nobody / ".netrc").unlink()
-    monkeypatch.setenv("WANDB_API_KEY", CANARY)
-    assert track.wandb_mode("auto") == "online"
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert track.wandb_mode("auto") == "offline"
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert track.wandb_mode("auto") == "off"
-
-
-class FakeWandb:
-    """Takes the place of wandb's run, and fails when it is told to."""
-
-    def __init__(self):
-        self.told, self.broken = [], False
-
-    def log(self, values, step):
-        if self.broken:
-            raise ConnectionError("gone")
-        self.told.append((step, values))
-
-    def finish(self, exit_code):
-        self.told.append("finished")
-
-
-def with_fake(run: track.Run) -> FakeWandb:
-    fake = FakeWandb()
-    run._wandb = track.Wandb(run.dir, track.TrackConfig(), run.name, run.say)
-    run._wandb.run = fake
-    return fake
-
-
-def test_no_step_is_sent_twice_over_resumes(tmp_path):
-    run = open_run(tmp_path)
-    fake, first = with_fake(run), run._wandb.id
-    for step in range(5):
-        run.log(step, {"x": float(step)})
-    run.log(4, {"eval/y": 1.0})  # a second line of one step is sent too
-    assert [step for step, _ in fake.told] == [0, 1, 2, 3, 4, 4]
-    again = open_run(tmp_path)  # as after SIGKILL: never closed
-    fake = with_fake(again)
-    again.truncate(2)
-    for step in range(2, 7):
-        again.log(step, {"x": float(step)})
-    again.close()
-    assert fake.told == [(5, {"x": 5.0}), (6, {"x": 6.0}), "finished"]
-    assert again._wandb.id == first
-
-
-def test_a_failing_wandb_costs_a_sentence_and_nothing_else(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", CANARY)
-    run = open_run(tmp_path)
-    with_fake(run).broken = True
-    run.log(0, {"x": 0.0})
-    run.log(1, {"x": 1.0})
-    run.close()
-    assert [r["step"] for r in metrics(run)] == [0, 1]
-    said = capsys.readouterr().out
-    assert said.count("wandb") == 1 and "ConnectionError: gone" in said
-
-
-def test_no_secret_in_the_run_folder(nobody):
-    """Offline wandb itself, in a process of its own, with a canary key: no file of the run may hold it."""
-    script = f"""
-        import sys
-        sys.path[:0] = {[str(Path(__file__).parents[2]), str(Path(__file__).parent)]!r}
-        from PIL import Image
-        import test_track as t
-        from fledge import track
-        run = t.open_run({str(nobody / "runs")!r}, track=track.TrackConfig(wandb="offline", tags=["a"]))
-        assert run._wandb.run is not None
-        for step in range(3):
-            run.log(step, {{"train/loss": 1.0 / (step + 1), "odd": float("nan")}})
-        run.picture("p", Image.new("RGB", (4, 4)), "caption")
-        run.samples("s", [{{"prompt": "x", "score": 1.0}}])
-        assert run._wandb.run is not None
-        run.close("finished")
-    """
-    environ = {**os.environ, "WANDB_API_KEY": CANARY, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(script), "--token", CANARY]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
-    assert done.returncode == 0, done.stderr
-    files = [path for path in (nobody / "runs").rglob("*") if path.is_file()]
-    assert any(path.suffix == ".wandb" for path in files) and len(files) > 8
-    assert not [path for path in files if CANARY.encode() in path.read_bytes()]
-    assert CANARY not in done.stdout + done.stderr
