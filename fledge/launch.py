@@ -244,7 +244,7 @@ class Launcher:
             try:
                 process = subprocess.Popen(
                     torchrun(self.wish, f"{self.name}-{tries}"),
-                    env=environment, stdin=theirs, stdout=words, stderr=words, start_new_session=True,
+                    env=environment, stdin=theirs.fileno(), stdout=words, stderr=words, start_new_session=True,
                 )  # fmt: skip
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)

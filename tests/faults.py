@@ -120,7 +120,7 @@ class Storm:
     def round(self, folder: Path, kills: int) -> None:
         """Start and kill it until it has come to its end."""
         row, run, reached = self.row, self.run_in(folder), 0
-        while self.killed(folder):
+        while self.killed(folder, reached):
             row.kills += 1
             row.found_inside += any((run / "checkpoints").glob(".[td][me][pl]-*"))
             step = newest_step(run, row)
@@ -130,10 +130,12 @@ class Storm:
                 self.start(self.stormy, folder).wait(PATIENCE)
                 return
 
-    def killed(self, folder: Path) -> bool:
-        """Start the stage and kill it; False where it came to its end before."""
-        if self.trains and self.rng.random() < self.share:
-            return self.killed_inside_a_save(folder)
+    def killed(self, folder: Path, reached: int) -> bool:
+        """Start the stage, which goes on at step ``reached``, and kill it; False where it came to its end before."""
+        saves = -(-(self.changes["steps"] - reached) // self.changes["save_every"]) if self.trains else 0
+        few = self.row.forced_inside < self.share * self.row.kills
+        if saves and (self.rng.random() < self.share or few):
+            return self.killed_inside_a_save(folder, min(saves, 2))
         run = self.run_in(folder)
         before = logged(run)
         lines = min(before + self.rng.randint(0, 2 * self.changes["save_every"]), self.lines)
@@ -143,8 +145,8 @@ class Storm:
         self.row.after_training += struck and self.trains and logged(run) >= self.lines
         return struck
 
-    def killed_inside_a_save(self, folder: Path) -> bool:
-        die = {"save": self.rng.randint(1, 2), "sync": self.rng.randint(1, SYNCS)}
+    def killed_inside_a_save(self, folder: Path, saves: int) -> bool:
+        die = {"save": self.rng.randint(1, saves), "sync": self.rng.randint(1, SYNCS)}
         job = self.start(self.stormy, folder, die=die)
         until = time.monotonic() + PATIENCE
         while not job.poll() and job.codes[0] is None and time.monotonic() < until:
