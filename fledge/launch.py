@@ -20,8 +20,10 @@ import re
 import shlex
 import signal
 import socket
+import stat
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -160,8 +162,24 @@ def torchrun(wish: Plan, name: str) -> list[str]:
             f"--rdzv-id={name}",
             "--rdzv-conf=" + ",".join(f"{key}={value}" for key, value in conf.items()),
         ]
+        meet += [f"--local-addr={address}"] if (address := own_address(wish)) else []
     start = [sys.executable, "-m", "torch.distributed.run", *meet, f"--nproc-per-node={wish.procs}", "--max-restarts=0"]
     return [*start, "-m", *wish.work]
+
+
+def own_address(wish: Plan) -> str | None:
+    """The address that other machines reach this one by, or None.
+
+    torchrun alone would tell them this machine's own name, which on Debian, for one, may stand for 127.0.1.1.
+    """
+    host, _, port = (wish.rdzv or "").rpartition(":")
+    if wish.node == 0:
+        return host.strip("[]")  # they come here by it
+    with contextlib.suppress(OSError):
+        family, kind, _, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)  # sends nothing: only asks which way it would go
+            return probe.getsockname()[0]
 
 
 class Launcher:
@@ -218,19 +236,40 @@ class Launcher:
             NODE_VARIABLE: str(self.wish.node),
         }
         say(f"{self.wish.world} process{'es' if self.wish.world > 1 else ''}, logs in {folder}")
-        with log.open("wb") as words:
+        line, theirs = socket.socketpair()
+        with line, theirs, log.open("wb") as words:
             # Blocked signals are inherited: torchrun must not die of one that is sent to a whole job, and a rank that
             # gets one before it listens finds it pending.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
             try:
                 process = subprocess.Popen(
                     torchrun(self.wish, f"{self.name}-{tries}"),
-                    env=environment, stdin=subprocess.DEVNULL, stdout=words, stderr=words, start_new_session=True,
+                    env=environment, stdin=theirs.fileno(), stdout=words, stderr=words, start_new_session=True,
                 )  # fmt: skip
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            theirs.close()
             self._watch(process, folder)
+            self._hang_up(line, folder)
         return self._outcome(process.returncode, folder, log.read_text(errors="replace"))
+
+    def _hang_up(self, line: socket.socket, folder: Path) -> None:
+        """End the ranks that torchrun left behind because it was killed itself, and wait until they are gone: the next
+        attempt writes into the same folders. See `hold_the_line`."""
+        with contextlib.suppress(OSError):  # they are gone already
+            line.shutdown(socket.SHUT_WR)
+        line.settimeout(GRACE)
+        try:
+            line.recv(1)  # nobody writes: it returns when the last of them has ended
+        except TimeoutError:
+            for record in self._mine(folder):
+                if "code" not in record:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(record["pid"], signal.SIGKILL)
+
+    def _mine(self, folder: Path) -> list[dict[str, Any]]:
+        """What this machine's ranks have noted."""
+        return [record for record in records(folder) if record["node"] == self.wish.node]
 
     def _watch(self, process: subprocess.Popen, folder: Path) -> None:
         """Until torchrun has ended: show what rank 0 says, hand signals on."""
@@ -252,9 +291,11 @@ class Launcher:
         """Send what was asked to this machine's ranks, once to each, also to those that start later."""
         assert self.asked is not None
         number = signal.SIGINT if self.asked == signal.SIGINT else signal.SIGUSR2
-        for record in records(folder):
+        if sum(one == number for _, one in told) == self.wish.procs:
+            return  # a thousand notes on a shared disk are not read for nothing
+        for record in self._mine(folder):
             once = (record["pid"], number)
-            if record["node"] == self.wish.node and "code" not in record and once not in told:
+            if "code" not in record and once not in told:
                 told.add(once)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(record["pid"], number)
@@ -263,7 +304,7 @@ class Launcher:
         """What this machine's attempt came to; a failure is told, with the words of the rank that failed first."""
         if code == 0:
             return 0
-        mine = [record for record in records(folder) if record["node"] == self.wish.node]
+        mine = self._mine(folder)
         codes = {record.get("code") for record in mine}
         if len(mine) == self.wish.procs and codes <= {0, Preempted.CODE}:
             return Preempted.CODE
@@ -273,6 +314,10 @@ class Launcher:
             return Preempted.CODE  # a rank without a code waited for one that had left, and was ended
         if not mine:
             raise RunError(_not_met(self.wish, words, folder / f"node-{self.wish.node}.log"))
+        if code < 0:
+            killed = f"torchrun was killed by {signal.Signals(-code).name}, and its ranks were ended"
+            print(f"launch: {killed}", file=sys.stderr, flush=True)
+            return 1
         first = first_failure(records(folder), words)
         print(explain(first, folder, self.wish.world), file=sys.stderr, flush=True)
         return first.code if first.code in (2, 130) else 1
@@ -419,6 +464,7 @@ def as_rank(work: Callable[[], int]) -> int:
     os.dup2(handle, 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     faulthandler.enable()
+    hold_the_line()
     note = {"rank": rank, "node": int(os.environ.get(NODE_VARIABLE, "0")), "host": socket.gethostname()}
     note |= {"pid": os.getpid(), "started": time.time()}
     write_json(folder / f"rank-{rank}.json", note)
@@ -430,6 +476,27 @@ def as_rank(work: Callable[[], int]) -> int:
         code = 1
     write_json(folder / f"rank-{rank}.json", {"ended": time.time(), **note, "code": code})
     return code
+
+
+def hold_the_line() -> None:
+    """End this rank when its launcher is gone, even if that was killed: else it would train on, unseen, while somebody
+    starts the same run again. The launcher holds the other end of the socket that is standard input here; nothing is
+    ever sent."""
+    if not stat.S_ISSOCK(os.fstat(0).st_mode):
+        return
+    line, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.register_at_fork(after_in_child=lambda: os.close(line))  # data workers end with their rank
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            os.read(line, 1)
+        with contextlib.suppress(OSError):
+            os.write(2, b"launch: the launcher is gone, and this rank with it\n")
+        os._exit(1)
+
+    threading.Thread(target=wait, name="launcher", daemon=True).start()
 
 
 # ----------------------------------------------------------------------------------------------------------- SLURM

@@ -591,7 +591,8 @@ def _settle(config: StageConfig, fresh: bool) -> Decision:
     decision = decide(config, {role: parent.digest for role, parent in opened.items()}, fresh)
     folder = config.run_dir
     if decision.action == "run" and folder.exists() and any(folder.iterdir()):
-        kept = track.set_aside(folder)
+        with track.hold(folder):
+            kept = track.set_aside(folder)
         decision = decision._replace(why=f"{decision.why} (the earlier run is kept as {kept})")
     elif decision.action == "resume" and (folder / "artifact").exists():
         track.set_aside(folder / "artifact")

@@ -6,11 +6,14 @@ and never stands in the way. Only the main process writes; every method may be c
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import platform
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -105,6 +108,36 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
     return found
 
 
+def hold(folder: Path) -> TextIO:
+    """Keep others out of a run's folder until what this returns is closed, or the process ends.
+
+    Raises:
+        InputError: another process works there. Two would write into the same checkpoints and numbers.
+    """
+    file = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115  (held for the whole run)
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows has no such locks
+        return file
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            warnings.warn(f"{folder} cannot be locked ({error.strerror}): start no second run there", stacklevel=2)
+            return file
+        file.seek(0)
+        who = file.read()
+        file.close()
+        raise InputError(
+            f"{folder}: another process works on this run ({who or 'it does not say which'}); wait until it has ended, "
+            "or stop it; or choose another --out or name"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
 def set_aside(folder: Path) -> Path:
     """Rename a run's folder to the first free NAME~1, NAME~2 …; nothing is ever deleted."""
     number = 1
@@ -160,6 +193,7 @@ class Run:
         """The checkpoint that is handed over, {step, of, why}, where that is not simply the last."""
         self._bar: Progress | None = None
         self._file: TextIO | None = None
+        self._lock: TextIO | None = None
         self._wandb: Wandb | None = None
         self._status: dict[str, Any] = {}
 
@@ -183,8 +217,11 @@ class Run:
         try:
             old = read_identity(self.dir)
             if old is not None and said(old) != said(me):
-                self.say(f"its config, data or parents changed; the earlier run is kept as {set_aside(self.dir)}")
+                with hold(self.dir):
+                    kept = set_aside(self.dir)
+                self.say(f"its config, data or parents changed; the earlier run is kept as {kept}")
             self.dir.mkdir(parents=True, exist_ok=True)
+            self._lock = hold(self.dir)
             write_identity(self.dir, me)
             write_atomic(self.dir / "config.yaml", dump(self.config))
             write_json(self.dir / "departures.json", departures(self.config))
@@ -404,6 +441,8 @@ class Run:
             return
         self._close_metrics()
         self._note(state=state, **status)
+        if self._lock is not None:
+            self._lock.close()
         if self._wandb is not None:
             self._wandb.finish(failed=state == "failed")
 

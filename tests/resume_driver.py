@@ -85,7 +85,7 @@ def trace_ids(path: Path) -> None:
     DataStream.fetch = fetch  # type: ignore[method-assign]
 
 
-def out_of_order(steps: int, settle: bool = True) -> None:
+def out_of_order(steps: int, settle: bool = True, save_every: int = 100, die: dict[str, int] | None = None) -> None:
     """Train, or go on training, a network whose layers are registered in another order than they run in."""
     from typing import Literal
 
@@ -120,10 +120,12 @@ def out_of_order(steps: int, settle: bool = True) -> None:
     def rows(ids, seeds):
         return {"x": torch.stack([torch.randn(13, generator=torch.Generator().manual_seed(s)) for s in seeds])}
 
+    if die is not None:
+        die_inside_a_save(**die)
     if not settle:
         loop.settle_buckets = lambda *args: True
     distributed.setup("cpu")
-    config = Toy(train=loop.TrainConfig(batch=16, steps=steps, precision="fp32"))
+    config = Toy(train=loop.TrainConfig(batch=16, steps=steps, precision="fp32", save_every=save_every))
     torch.manual_seed(1)
     network = Network()
     optim = adamw(

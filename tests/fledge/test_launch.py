@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +15,11 @@ import yaml
 
 from fledge import cli, launch
 from fledge.launch import Failure, Launcher, Plan
+from tests import network
 from tests.fledge.test_resume import CASES, assert_same_run, curve, logged, placed, write_data
 from tests.launch import ROOT, environment, free_port
+from tests.slurm import Slurm
+from tests.slurm import missing as missing_slurm
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 STEPS = 24
@@ -52,13 +56,17 @@ def truth(folder, forks):
     return run
 
 
-def fledge(*argv, cwd=None, **env):
-    """The command as a process of its own."""
-    quiet = environment(GLOO_SOCKET_IFNAME="lo", **env)
+def python(*argv, cwd=None, inside=(), **env):
+    """A module as a process of its own; `inside` stands before the command."""
+    quiet = environment(**{"GLOO_SOCKET_IFNAME": "lo", **env})
     return subprocess.Popen(
-        [sys.executable, "-m", "fledge.cli", *map(str, argv)],
+        [*inside, sys.executable, "-m", *map(str, argv)],
         env=quiet, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def fledge(*argv, **more):
+    return python("fledge.cli", *argv, **more)
 
 
 def ended(process, code=0):
@@ -294,6 +302,14 @@ if os.environ.get("RANK") == "1" and os.environ["FLEDGE_LOGS"].endswith("attempt
             {act}
     track.Run.log = log
 """
+SLOW = """
+import os, time
+if "RANK" in os.environ:
+    from fledge import track
+    log = track.Run.log
+    track.Run.log = lambda *args: (log(*args), time.sleep(0.1))
+"""
+TEXTS = (".json", ".jsonl", ".log", ".yaml", ".html", ".sbatch", ".txt")
 
 
 def test_launch_is_stopped_and_goes_on(folder, truth, tmp_path):
@@ -308,38 +324,26 @@ def test_launch_is_stopped_and_goes_on(folder, truth, tmp_path):
     assert "stopped by SIGUSR2, saved at step" in said
     ended(fledge(*command, cwd=tmp_path))
     assert_same_run(run, truth(2))
-    attempts = json.loads((run / "environment.json").read_text())["attempts"]
-    assert [attempt["logs"] for attempt in attempts] == [str(tmp_path / f"runs/logs/mae/attempt-{k}") for k in (1, 2)]
-    assert all(attempt["world_size"] == 2 and sum(attempt["hosts"].values(), []) == [0, 1] for attempt in attempts)
-    notes = [launch.records(Path(attempt["logs"])) for attempt in attempts]
+    noted = json.loads((run / "environment.json").read_text())["attempts"]
+    assert [attempt["logs"] for attempt in noted] == [str(tmp_path / f"runs/logs/mae/attempt-{k}") for k in (1, 2)]
+    assert all(attempt["world_size"] == 2 and sum(attempt["hosts"].values(), []) == [0, 1] for attempt in noted)
+    notes = [launch.records(Path(attempt["logs"])) for attempt in noted]
     assert [[note["code"] for note in ranks] for ranks in notes] == [[75, 75], [0, 0]]
 
 
-@pytest.mark.parametrize(
-    "act, says",
-    [
-        ("raise ValueError('rank one broke')", ["it ended with code 1", "ValueError: rank one broke"]),
-        ("os.kill(os.getpid(), 9)", ["it was killed by SIGKILL"]),
-    ],
-)
-def test_a_rank_fails_and_the_run_goes_on(folder, truth, tmp_path, act, says):
-    (tmp_path / "sitecustomize.py").write_text(BREAK.format(when="step == 13", act=act))
+def test_a_rank_fails_and_the_run_goes_on(folder, truth, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        BREAK.format(when="step == 13", act="raise ValueError('rank one broke')")
+    )
     command = ["launch", folder / "mae.yaml", "--procs", "2", "--out", "runs", "--max-restarts", "1"]
     process = fledge(*command, cwd=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}", A_TOKEN="canary-canary")
     said, complained = ended(process)
-    assert complained.startswith("launch: rank 1 of 2 failed first: ") and all(text in complained for text in says)
+    assert complained.startswith("launch: rank 1 of 2 failed first: it ended with code 1")
+    assert "ValueError: rank one broke" in complained
     assert "launch: restart 1\n" in said and "resumed at step 8" in said
     assert_same_run(tmp_path / "runs" / "mae", truth(2))
-    texts = [path.read_text() for path in tmp_path.rglob("*") if path.suffix in (".json", ".log", ".yaml", ".html")]
+    texts = [path.read_text() for path in tmp_path.rglob("*") if path.suffix in TEXTS]
     assert texts and not any("canary" in text for text in texts)
-
-
-def test_two_nodes_on_loopback_are_the_same_run(folder, truth, tmp_path):
-    meet = ["--procs", "1", "--nodes", "2", "--rdzv", f"127.0.0.1:{free_port()}", "--out", "runs"]
-    nodes = [fledge("launch", folder / "mae.yaml", *meet, "--node-rank", str(rank), cwd=tmp_path) for rank in (0, 1)]
-    for node in nodes:
-        ended(node)
-    assert_same_run(tmp_path / "runs" / "mae", truth(2))
 
 
 def test_a_machine_that_is_alone_says_where_it_waited(folder, tmp_path):
@@ -357,3 +361,143 @@ def test_a_recipe_runs_under_the_same_processes(folder, truth, tmp_path):
     assert (tmp_path / "second" / "artifact" / "manifest.json").exists() and "report: " in said
     attempt = json.loads((tmp_path / "second" / "environment.json").read_text())["attempts"][0]
     assert attempt["world_size"] == 2 and attempt["logs"] == str(tmp_path / "logs" / "two" / "attempt-1")
+
+
+# ------------------------------------------------------------------------------- the same run, however it is launched
+
+TOPOLOGIES = ["torchrun", "accelerate", "fledge launch", "two nodes", "two namespaces"]  # and SLURM, below
+
+
+def started(how, folder, place, request):
+    """Two ranks, launched in this way: the processes to wait for, one a machine."""
+    port, stage = str(free_port()), [folder / "mae.yaml", "--out", "runs"]
+    if how == "torchrun":
+        return [
+            python(
+                "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pretrain.mae", *stage, cwd=place
+            )
+        ]
+    if how == "accelerate":
+        options = ["--multi_gpu", "--num_processes=2", "--num_machines=1", f"--main_process_port={port}"]
+        options += ["--mixed_precision=no", "--dynamo_backend=no", "-m", "pretrain.mae"]
+        return [python("accelerate.commands.launch", *options, *stage, cwd=place)]
+    if how == "fledge launch":
+        return [fledge("launch", *stage, "--procs", "2", cwd=place)]
+    here = [{}, {}]
+    host = "127.0.0.1"
+    if how == "two namespaces":
+        machines = request.getfixturevalue("machines")
+        here = [{"inside": machine.inside, "GLOO_SOCKET_IFNAME": machine.interface} for machine in machines]
+        host = machines[0].address
+    meet = ["--procs", "1", "--nodes", "2", "--rdzv", f"{host}:{port}", "--node-rank"]
+    return [fledge("launch", *stage, *meet, rank, cwd=place, **here[rank]) for rank in (0, 1)]
+
+
+@pytest.fixture
+def machines():
+    if reason := network.missing():
+        pytest.skip(reason)
+    with network.two_machines() as pair:
+        yield pair
+
+
+@pytest.mark.parametrize("how", TOPOLOGIES)
+def test_the_same_run_however_it_is_launched(folder, truth, tmp_path, request, how):
+    for process in started(how, folder, tmp_path, request):
+        ended(process)
+    run = tmp_path / "runs" / "mae"
+    assert json.loads((run / "environment.json").read_text())["attempts"][0]["world_size"] == 2
+    assert_same_run(run, truth(2))
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    if reason := missing_slurm():
+        pytest.skip(reason)
+    with Slurm(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.long)])
+def test_preempted_under_slurm(slurm, folder, truth, tmp_path, times):
+    """Launched, stopped by SIGUSR2, put back into the queue by itself, and the same run in the end."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW)
+    command = ["launch", folder / "mae.yaml", "--slurm", "--procs", "2", "--out", "runs"]
+    here = {**slurm.environment, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "A_TOKEN": "canary-canary"}
+    said, _ = ended(fledge(*command, cwd=tmp_path, **here))
+    job, run = said.split("Submitted batch job ")[1].split()[0], tmp_path / "runs" / "mae"
+    for stop in range(times):
+        wait_for(lambda lines=5 * (stop + 1): logged(run) >= lines, 120)
+        slurm.ask("scancel", "--signal=USR2", job)
+        wait_for(lambda restarts=str(stop + 1): slurm.job(job)["Restarts"] == restarts, 120)
+    wait_for(lambda: slurm.job(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), 120)
+    log = (tmp_path / f"runs/logs/mae/slurm-{job}.log").read_text()
+    assert slurm.job(job)["JobState"] == "COMPLETED" and slurm.job(job)["Restarts"] == str(times), log
+    assert log.count("stopped by SIGUSR2, saved at step") == times == log.count("resumed at step")
+    assert_same_run(run, truth(2))
+    codes = [[note["code"] for note in launch.records(logs)] for logs in attempts(run)]
+    assert codes == [[75, 75]] * times + [[0, 0]]
+    assert not any("canary" in path.read_text() for path in (tmp_path / "runs").rglob("*") if path.suffix in TEXTS)
+
+
+# ----------------------------------------------------------------------------------------------- somebody is killed
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not say who started whom")
+def test_whoever_is_killed_the_run_goes_on(folder, truth, tmp_path):
+    """One rank, all of them, torchrun, then the launcher; after that, the same command. No rank outlives its launcher,
+    or it would write into the folders of the next."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW)
+    command = ["launch", folder / "mae.yaml", "--procs", "2", "--out", "runs", "--max-restarts", "1"]
+    run, logs = tmp_path / "runs" / "mae", tmp_path / "runs" / "logs" / "mae"
+    launcher = fledge(*command, cwd=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+
+    def ranks(attempt, lines):
+        """The two processes of an attempt, once it is under way and so many lines are logged."""
+        there = logs / f"attempt-{attempt}"
+        wait_for(lambda: len(launch.records(there)) == 2 and said(there, attempt) and logged(run) >= lines, 120)
+        return [note["pid"] for note in launch.records(there)]
+
+    def said(there, attempt):
+        return attempt == 1 or "resumed at step" in (there / "rank-0.log").read_text()
+
+    os.kill(ranks(1, 9)[1], signal.SIGKILL)
+    for pid in ranks(2, 17):
+        os.kill(pid, signal.SIGKILL)
+    orphans = ranks(3, 18)
+    os.kill(parent(orphans[0]), signal.SIGKILL)
+    wait_for(lambda: (logs / "attempt-4").exists(), 60)
+    assert not any(running(pid) for pid in orphans)
+    orphans = ranks(4, 18)
+    launcher.kill()
+    _, complained = launcher.communicate(timeout=60)
+    wait_for(lambda: not any(running(pid) for pid in orphans), 10)
+    ended(fledge(*command, cwd=tmp_path))
+    assert complained.startswith("launch: rank 1 of 2 failed first: it was killed by SIGKILL")
+    assert "torchrun was killed by SIGKILL" in complained
+    assert_same_run(run, truth(2))
+    assert [path.name for path in attempts(run)] == [f"attempt-{k}" for k in (1, 2, 3, 4, 5)]
+
+
+def parent(pid):
+    return int(re.search(r"^PPid:\s*(\d+)", Path(f"/proc/{pid}/status").read_text(), re.M)[1])
+
+
+def running(pid):
+    """A zombie that nobody has buried yet has ended."""
+    try:
+        return not re.search(r"^State:\s*Z", Path(f"/proc/{pid}/status").read_text(), re.M)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(done, seconds):
+    until = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < until, f"not within {seconds} s"
+        time.sleep(0.02)
+
+
+def attempts(run):
+    """The folder of the logs of each attempt."""
+    return [Path(attempt["logs"]) for attempt in json.loads((run / "environment.json").read_text())["attempts"]]

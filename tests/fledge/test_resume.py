@@ -24,6 +24,7 @@ from tests.forks import Forks, Job
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
 STEPS = 12
+PATIENCE = 300.0  # seconds in which a start of a toy stage gets anywhere, also on a busy machine
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs", "away", "from", "ten"]
 VIT = {"img_size": 16, "in_chans": 1, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 TRANSFORMER = {"embed_dim": 16, "depth": 2, "num_heads": 2, "context_length": 48, "dropout": 0.1}
@@ -258,8 +259,9 @@ def assert_same_run(found: Path, truth: Path) -> None:
         different = [name for name in true if not torch.equal(tensors[name], true[name])]
         assert not different, different
         assert state(found) == state(truth)
-    mine, his = (json.loads((run / "artifact" / "manifest.json").read_text()) for run in (found, truth))
-    assert mine["files"] == his["files"] and mine["metrics"] == his["metrics"]
+    if (truth / "artifact").exists():
+        mine, his = (json.loads((run / "artifact" / "manifest.json").read_text()) for run in (found, truth))
+        assert mine["files"] == his["files"] and mine["metrics"] == his["metrics"]
 
 
 def state(run: Path) -> str:
@@ -278,10 +280,14 @@ def logged(run: Path) -> int:
 
 def kill_somewhere(job: Job, run: Path, lines: int, delay: float, rank: int) -> bool:
     """SIGKILL ``rank`` when so many lines are logged and ``delay`` seconds more have gone; was it still running?"""
-    until = time.monotonic() + 60
-    while logged(run) < lines and not job.failed() and time.monotonic() < until:
+    until = time.monotonic() + PATIENCE
+    while logged(run) < lines and not job.failed():
         if job.poll():
             return False
+        if time.monotonic() > until:
+            job.stacks()
+            job.end()
+            raise AssertionError(f"it stands still at {logged(run)} lines, before {lines}:\n{job.output()}")
         time.sleep(0.001)
     time.sleep(delay)
     assert not job.failed(), job.output()

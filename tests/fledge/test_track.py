@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from fledge.errors import InputError
 from fledge.evals.score import Score
 from fledge.track import TrackConfig
 
+ROOT = Path(__file__).parents[2]
 CANARY = "0123456789abcdef0123456789abcdefcafe5eed"
 
 
@@ -101,6 +104,25 @@ def test_only_science_data_and_parents_move_a_run_aside(tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["toy", "toy~1", "toy~2"]
     assert json.loads((tmp_path / "toy~1" / "identity.json").read_text())["config"]["width"] == 8
     assert "kept as" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+def test_two_processes_do_not_work_on_one_run(tmp_path):
+    """Neither goes on in it nor moves it aside; the lock of one that was killed is nobody's."""
+    open_run(tmp_path).close()
+    code = f"import pathlib, fledge.track as t; held = t.hold(pathlib.Path({str(tmp_path / 'toy')!r}))"
+    code += "; print(1, flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+    try:
+        assert other.stdout and other.stdout.readline() == b"1\n"
+        for width in (8, 9):
+            with pytest.raises(InputError, match=f"another process works on this run .process {other.pid} on "):
+                open_run(tmp_path, width=width)
+    finally:
+        other.kill()
+        other.communicate()
+    open_run(tmp_path).close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["toy"]
 
 
 def test_pictures_keep_their_order_and_replace_themselves(tmp_path):
