@@ -129,7 +129,7 @@ def backward(
     for i, micro_batch in enumerate(micro_batches):
         torch.manual_seed(derive("dropout", seed, step, distributed.rank(), i))
         last = i == len(micro_batches) - 1
-        with contextlib.nullcontext() if last or model is objective else model.no_sync():  # type: ignore[operator]
+        with distributed.accumulating(model, last):
             with autocast(precision):
                 outputs = model(micro_batch, step)
             losses = [weight * outputs[name] / max(counts[name], 1) for name, weight in objective.weights.items()]

@@ -25,6 +25,7 @@ from typing import Any
 HEAVY = ("torch", "torch.distributed", "accelerate", "transformers", "timm", "safetensors.torch", "numpy", "PIL.Image")
 HEAVY += ("torch.utils.data", "torch.nn.parallel", "transformers.models.llama.modeling_llama", "timm.models")
 HEAVY += ("transformers.models.bert.modeling_bert", "transformers.models.gpt2.modeling_gpt2")
+HEAVY += ("torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo")
 
 
 class Job:
