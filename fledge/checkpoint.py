@@ -147,7 +147,8 @@ def _assembled(path: Path, name: str, index: dict[str, Any]) -> dict[str, Tensor
     return found
 
 
-def _name(step: int) -> str:
+def name_of(step: int) -> str:
+    """The folder of a step's checkpoint."""
     return f"step_{step:08d}"
 
 

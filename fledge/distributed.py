@@ -186,7 +186,13 @@ def topology() -> dict[str, Any]:
 
 def any_rank(flag: bool) -> bool:
     """Is it so on some rank?"""
-    return all_reduce_counts({"flag": int(flag)})["flag"] > 0
+    return each_on_any_rank(flag)[0]
+
+
+def each_on_any_rank(*flags: bool) -> list[bool]:
+    """Is it so on some rank? For each flag, in one message."""
+    sums = all_reduce_counts({str(i): int(flag) for i, flag in enumerate(flags)})
+    return [sums[str(i)] > 0 for i in range(len(flags))]
 
 
 def gather_objects(value: Any, group: Any = None) -> list[Any]:
