@@ -38,7 +38,7 @@ class Stored:
     """A tensor that lies in the files of several ranks; what is read of it is only what is asked for.
 
     Args:
-        pieces: its rows in order, (first row, tensor). The tensors are views of files, which are read when they are used.
+        pieces: its rows in order, (first row, tensor). The tensors are views of files, read when they are used.
     """
 
     def __init__(self, shape: list[int], dtype: torch.dtype, pieces: list[tuple[int, Tensor]]) -> None:
@@ -65,11 +65,12 @@ class Checkpoint:
 
     def stored(self, name: str) -> Mapping[str, Tensor | Stored]:
         """One group of tensors; of each, only the rows that are asked for are read from the disk."""
-        path, index = self.path / f"{name}.safetensors", self._index()
-        if name not in index["groups"] if index else not path.is_file():
-            has = ", ".join(sorted(index["groups"] if index else (file.stem for file in self.path.glob("*.safetensors"))))
+        index = self._index()
+        names = index["groups"] if index else [file.stem for file in self.path.glob("*.safetensors")]
+        if name not in names:
+            has = ", ".join(sorted(names))
             raise InputError(f"checkpoint {self.path} has no tensors named {name!r} (it has: {has}); run with --fresh")
-        return _assembled(self.path, name, index) if index else load_file(path)
+        return _assembled(self.path, name, index) if index else load_file(self.path / f"{name}.safetensors")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """One group of tensors, whole and on the CPU."""
@@ -247,8 +248,8 @@ def _told(draft: Draft) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as reason:
         raise RunError(
-            f"checkpoint of step {draft.step} could not be written to {draft.root}: {reason}. The older checkpoints are "
-            "untouched; make room or give write access and start the run again: it goes on from the last one"
+            f"checkpoint of step {draft.step} could not be written to {draft.root}: {reason}. The older checkpoints "
+            "are untouched; make room or give write access and start the run again: it goes on from the last one"
         ) from reason
 
 
@@ -342,9 +343,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> di
 
 
 @torch.no_grad()
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, module: nn.Module, tensors: Mapping[str, Tensor | Stored]
-) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: Mapping[str, Tensor | Stored]) -> None:
     """Put `optimizer_tensors` back: same types, each beside its parameter and laid out like it.
 
     A parameter without state (its group has not started) stays without. The 0-d `step` lives on the CPU unless the

@@ -239,9 +239,9 @@ def rows_held(tensor: torch.Tensor, rank: int | None = None) -> Any:
     if not is_sharded(tensor):
         return ...
     mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
-    rank = mesh.get_local_rank() if rank is None else rank
+    at: int = mesh.get_local_rank() if rank is None else rank
     rows, most = tensor.shape[0], -(-tensor.shape[0] // mesh.size())
-    return slice(min(rank * most, rows), min((rank + 1) * most, rows))
+    return slice(min(at * most, rows), min((at + 1) * most, rows))
 
 
 @torch.no_grad()

@@ -96,9 +96,7 @@ class Saver:
     def _files(self, groups: Groups) -> dict[str, dict[str, Tensor]]:
         """A file a group."""
         copies = self._copied({(name, key): tensor for name, group in groups.items() for key, tensor in group.items()})
-        return {
-            f"{name}.safetensors": {key: copies[name, key] for key in group} for name, group in groups.items()
-        }
+        return {f"{name}.safetensors": {key: copies[name, key] for key in group} for name, group in groups.items()}
 
     def _parts(self, groups: Groups) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """This rank's file: its rows of what is sharded, and on rank 0 all that is not. And the index of all files."""

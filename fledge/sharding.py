@@ -7,6 +7,7 @@ itself, to which its stage keeps references, is empty meanwhile and is filled wh
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,7 +39,7 @@ def shard(
     for block in reversed(blocks_of(sharded)):  # blocks inside of blocks come first
         fully_shard(block, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
-    parameters = dict(sharded.named_parameters())
+    parameters: dict[str, Any] = dict(sharded.named_parameters())
     for group in optimizer.param_groups:
         group["params"] = [parameters[names[id(parameter)]] for parameter in group["params"]]
     whole = [name for name, p in parameters.items() if not distributed.is_sharded(p) or p.device_mesh != mesh]

@@ -229,7 +229,9 @@ def test_a_failed_save_harms_neither_the_run_nor_the_older_checkpoint(tmp_path, 
 
     with monkeypatch.context() as patch:
         plain, written = checkpoint.save_file, []
-        patch.setattr(checkpoint, "save_file", lambda *args: full("") if len(written) == 3 else written.append(plain(*args)))
+        patch.setattr(
+            checkpoint, "save_file", lambda *args: full("") if len(written) == 3 else written.append(plain(*args))
+        )
         with pytest.raises(RunError, match="step 4 could not be written .*No space left"):
             fitted(tmp_path, 6, save_every=2)
     fitted(tmp_path, 6, save_every=2)

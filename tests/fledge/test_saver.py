@@ -108,10 +108,13 @@ def test_a_failed_save_is_told_once_and_the_next_one_works(tmp_path, monkeypatch
 
 def test_another_error_is_told_first(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "sync", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
-    with pytest.raises(KeyError, match="of the loop"), pytest.warns(RuntimeWarning, match="a save has failed: .*step 1"):
-        with Saver(tmp_path) as saver:
-            saver.save(1, {"all": {"x": torch.ones(1)}}, {}, keep=1)
-            raise KeyError("of the loop")
+    with (
+        pytest.raises(KeyError, match="of the loop"),
+        pytest.warns(RuntimeWarning, match="a save has failed: .*step 1"),
+        Saver(tmp_path) as saver,
+    ):
+        saver.save(1, {"all": {"x": torch.ones(1)}}, {}, keep=1)
+        raise KeyError("of the loop")
 
 
 def test_saves_that_are_slower_than_steps_change_nothing(tmp_path, monkeypatch):
@@ -180,6 +183,8 @@ def test_an_error_of_the_thread_reaches_every_rank_by_the_next_step(forks, tmp_p
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert told[0] == told[1]
     words, steps = told[0]
-    assert words.startswith("checkpoint of step 4 could not be written to runs/toy/checkpoints: ") and "No space" in words
+    assert (
+        words.startswith("checkpoint of step 4 could not be written to runs/toy/checkpoints: ") and "No space" in words
+    )
     assert steps in (5, 6)
     assert newest(there(tmp_path / "runs/toy/checkpoints")).step == 2

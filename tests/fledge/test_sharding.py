@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from fledge import checkpoint, distributed, files, sharding
+from fledge import checkpoint, distributed, sharding
 from fledge.checkpoint import module_tensors, newest, optimizer_tensors
 from fledge.config import StageConfig
 from fledge.errors import InputError, RunError
@@ -22,7 +22,7 @@ from fledge.optim import Optim, OptimConfig, adamw, clip_each, clip_global, deca
 from fledge.saver import Saver
 from fledge.stream import DataStream, rows_of, share
 from fledge.track import Run, read_metrics
-from fledge.train import TrainConfig, backward, fit, repeated_blocks, update
+from fledge.train import TrainConfig, backward, fit, repeated_blocks, update, wrapped
 from tests.fledge.test_checkpoint import FAULTS, bits, same
 from tests.fledge.test_faults import die_at
 from tests.fledge.test_train import without_times
@@ -365,6 +365,34 @@ def test_updates_are_those_of_one_process(forks, tmp_path):
             assert found.keys() == true.keys()
             for key, tensor in true.items():
                 torch.testing.assert_close(found[key], tensor.detach(), rtol=1e-7, atol=1e-8, msg=f"{name}: {key}")
+
+
+def in_bf16(name: str, engine: Engine, recompute: bool) -> dict[str, torch.Tensor]:
+    """What two steps of a rank leave: bf16 autocast, two micro-batches."""
+    objective, batch = build(name, torch.float32)
+    optim = optimiser(objective, name)
+    mine, pieces = share(BATCH, distributed.rank(), distributed.world_size(), 2)
+    config = TrainConfig(batch=BATCH, steps=2, grad_checkpointing=recompute)
+    model = wrapped(objective, engine, optim, config)
+    micro_batches = [rows_of(rows_of(batch, mine), piece) for piece in pieces]
+    norms = [update(model, micro_batches, step, optim, precision="bf16")[1] for step in range(2)]
+    if engine == "fsdp2":
+        sharding.gather(objective, model)
+    return {**module_tensors(objective), "norms": torch.stack(norms)}
+
+
+def bf16_of_both_engines() -> None:
+    distributed.setup("cpu")
+    for name in ("mae", "clm"):
+        true = in_bf16(name, "ddp", recompute=False)
+        for recompute in (False, True):
+            found = in_bf16(name, "fsdp2", recompute)
+            for key, tensor in true.items():
+                torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-6, msg=f"{name}: {key}")
+
+
+def test_autocast_and_recomputed_blocks(forks, tmp_path):
+    forks.start("tests.fledge.test_sharding:bf16_of_both_engines", {}, world=2, folder=tmp_path).wait()
 
 
 def ranks_look_at_norms() -> None:
