@@ -64,11 +64,21 @@ def check(objective: nn.Module) -> None:
 
 @torch.no_grad()
 def gather(objective: nn.Module, sharded: nn.Module) -> None:
-    """Fill the objective on this rank's device with all of what is in shards, tensor by tensor. Every rank calls it."""
+    """Fill the objective on this rank's device with all of what is in shards, tensor by tensor. Every rank calls it.
+
+    Raises:
+        RunError: there is no memory for it.
+    """
     live = module_tensors(sharded)
-    for name, tensor in module_tensors(objective).items():
-        tensor.data = distributed.whole(live[name])
-    objective.to(distributed.device())  # what is no part of its state, such as tables of positions
+    try:
+        for name, tensor in module_tensors(objective).items():
+            tensor.data = distributed.whole(live[name])
+        objective.to(distributed.device())  # what is no part of its state, such as tables of positions
+    except torch.OutOfMemoryError:
+        raise RunError(
+            "the whole model does not fit on this device beside its shards, and evaluation and hand-over need it; "
+            "train without train.eval_every, and hand over the last checkpoint: fledge export RUN DIR train.device=cpu"
+        ) from None
 
 
 def release(objective: nn.Module) -> None:

@@ -427,6 +427,8 @@ def test_norms_are_of_whole_tensors(forks, tmp_path):
 
 def look_at_what_is_held(out: str) -> None:
     """While it trains a rank holds its share and no more, the objective nothing, and a look at it gives it all back."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
     distributed.setup("cpu")
     torch.manual_seed(1)
     deep = Deep()
@@ -446,6 +448,10 @@ def look_at_what_is_held(out: str) -> None:
     assert all(tensor.numel() == 0 for tensor in module_tensors(deep).values())
     backward(sharded, [deep_rows([0, 1], [4, 5])], 0)
     assert all(distributed.is_sharded(p.grad) for p in sharded.parameters() if p.requires_grad)
+    with CommDebugMode() as told:
+        backward(sharded, [deep_rows([i], [i]) for i in range(3)], 0)
+    sums = {str(name): n for name, n in told.get_comm_counts().items() if "reduce_scatter" in str(name)}
+    assert list(sums.values()) == [3], f"{sums}: one a block and one for the rest, in the last micro-batch alone"
     scalar = nn.ParameterDict({"zero": nn.Parameter(torch.ones(()))})
     with pytest.raises(InputError, match=r"deals out rows, and zero has none; give it the shape \(1,\)"):
         sharding.shard(scalar, optimizer, repeated_blocks)
