@@ -169,6 +169,11 @@ class Config(StageConfig):
     def _sizes_agree(self) -> "Config":
         if self.rollout.batch % self.train.batch:
             raise ValueError(f"rollout.batch {self.rollout.batch} is not a multiple of train.batch {self.train.batch}")
+        if self.train.engine == "fsdp2":
+            raise ValueError(
+                "train.engine: fsdp2 deals parameters out, and PPO generates with the whole policy on every process; "
+                "use train.engine: ddp"
+            )
         if self.value.init == "policy" and self.value.head == "reward":
             raise ValueError("value.head is reward, but value.init is policy; use zero or normal")
         try:

@@ -6,11 +6,12 @@ on one process without a word.
 """
 
 import atexit
+import contextlib
 import os
 import socket
 import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
+ALONE = object()
+"""In place of a group: this rank, which asks nobody."""
 WORLD_VARIABLE = "FLEDGE_WORLD_SIZE"  # the number of processes that `fledge launch` was asked for
 _accelerator: "Accelerator | None" = None
 
@@ -97,16 +100,21 @@ def barrier() -> None:
         dist.barrier()
 
 
-def broadcast_object(value: Any) -> Any:
+def own_group() -> Any:
+    """A gloo group of all ranks for a thread: its collectives must not mix with the loop's. Every rank calls it."""
+    return dist.new_group(backend="gloo") if world_size() > 1 else ALONE
+
+
+def broadcast_object(value: Any, group: Any = None) -> Any:
     """Rank 0's ``value`` (picklable; it never leaves the job) on every rank."""
-    if world_size() == 1:
+    if world_size() == 1 or group is ALONE:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
-def on_main(work: Callable[[], T]) -> T:
+def on_main(work: Callable[[], T], group: Any = None) -> T:
     """Rank 0's result of ``work`` on every rank, or its error: no rank goes on before it, or waits for one that failed.
 
     The result must be picklable. InputError and RunError arrive as they are, any other error as a RunError.
@@ -117,13 +125,33 @@ def on_main(work: Callable[[], T]) -> T:
             result = work()
         except Exception as reason:  # noqa: BLE001  (raised again below, on every rank)
             error = reason
-    if world_size() > 1:
-        plain = error if isinstance(error, InputError | RunError) or error is None else RunError(repr(error))
-        result, told = broadcast_object((result, plain))
-        error = error or told
+    result, told = broadcast_object((result, _plain(error)), group)
+    error = error or told
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
+
+
+def together(work: Callable[[], T], group: Any = None) -> list[T]:
+    """Every rank's result of ``work`` on every rank, in rank order; or the first error of any of them, on all.
+
+    What `on_main` says of results and errors holds here too.
+    """
+    result = error = None
+    try:
+        result = work()
+    except Exception as reason:  # noqa: BLE001  (raised again below, on every rank)
+        error = reason
+    told = gather_objects((result, _plain(error)), group)
+    error = error or next((other for _, other in told if other is not None), None)
+    if error is not None:
+        raise error
+    return [result for result, _ in told]
+
+
+def _plain(error: Exception | None) -> Exception | None:
+    """The error as other ranks get it."""
+    return error if error is None or isinstance(error, InputError | RunError) else RunError(repr(error))
 
 
 def all_reduce_sum(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -158,15 +186,21 @@ def topology() -> dict[str, Any]:
 
 def any_rank(flag: bool) -> bool:
     """Is it so on some rank?"""
-    return all_reduce_counts({"flag": int(flag)})["flag"] > 0
+    return each_on_any_rank(flag)[0]
 
 
-def gather_objects(value: Any) -> list[Any]:
+def each_on_any_rank(*flags: bool) -> list[bool]:
+    """Is it so on some rank? For each flag, in one message."""
+    sums = all_reduce_counts({str(i): int(flag) for i, flag in enumerate(flags)})
+    return [sums[str(i)] > 0 for i in range(len(flags))]
+
+
+def gather_objects(value: Any, group: Any = None) -> list[Any]:
     """Every rank's ``value`` (picklable), in rank order, on every rank."""
-    if world_size() == 1:
+    if world_size() == 1 or group is ALONE:
         return [value]
     box: list[Any] = [None] * world_size()
-    dist.all_gather_object(box, value)
+    dist.all_gather_object(box, value, group=group)
     return box
 
 
@@ -191,12 +225,78 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     return rows if world_size() == 1 else _GatherRows.apply(rows)  # type: ignore[return-value]
 
 
+# ------------------------------------------------------------------------------------------------------------ shards
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Does each rank hold only some rows of it?"""
+    return hasattr(tensor, "device_mesh")  # a DTensor, whose class only runs that shard need to import
+
+
+def rows_held(tensor: torch.Tensor, rank: int | None = None) -> Any:
+    """The rows of the whole tensor that a rank (this one if not said) holds: a slice, or ``...`` where it is not
+    sharded. Rows are dealt in equal runs, of which the last may be shorter or empty."""
+    if not is_sharded(tensor):
+        return ...
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    at: int = mesh.get_local_rank() if rank is None else rank
+    rows, most = tensor.shape[0], -(-tensor.shape[0] // mesh.size())
+    return slice(min(at * most, rows), min((at + 1) * most, rows))
+
+
+@torch.no_grad()
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of it, in the same storage."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of all of it on every rank, on this rank's device."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor.clone()  # type: ignore[attr-defined]
+
+
+def sum_shards(values: torch.Tensor) -> torch.Tensor:
+    """What each rank found on its own rows, summed over the ranks."""
+    dist.all_reduce(values)
+    return values
+
+
+# ----------------------------------------------------------------------------------------------------------- engines
+
+
 def wrap(module: torch.nn.Module) -> torch.nn.Module:
-    """Place ``module`` on this rank's device and, on several ranks, under DDP."""
+    """Place ``module`` on this rank's device and, on several ranks, under DDP.
+
+    Raises:
+        InputError: Accelerate's settings in the environment ask for another engine.
+    """
     if _accelerator is None:
         return module
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # Accelerate's to change
         wrapped = _accelerator.prepare_model(module.to(_accelerator.device))
     _accelerator.free_memory()  # the accelerator would keep every stage's model alive
+    if world_size() > 1 and engine_of(wrapped) != "ddp":
+        raise InputError(
+            f"train.engine: ddp was asked for, but Accelerate made a {type(wrapped).__name__}; unset ACCELERATE_USE_… "
+            "in the environment (sharding is train.engine: fsdp2)"
+        )
     return wrapped
+
+
+def engine_of(model: torch.nn.Module) -> Literal["ddp", "fsdp2"] | None:
+    """What keeps the ranks' parameters together; None: nothing, there is one rank."""
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        return "ddp"
+    return "fsdp2" if hasattr(model, "set_requires_gradient_sync") else None
+
+
+@contextlib.contextmanager
+def accumulating(model: torch.nn.Module, last: bool) -> Iterator[None]:
+    """Gradients of the backward in here are averaged over the ranks only if it is the ``last`` of a step."""
+    engine: Any = model
+    if engine_of(model) == "fsdp2":
+        engine.set_requires_gradient_sync(last)
+        engine.set_is_last_backward(last)
+    with engine.no_sync() if engine_of(model) == "ddp" and not last else contextlib.nullcontext():
+        yield

@@ -3,11 +3,14 @@
 import torch
 from torch import nn
 
+from fledge import distributed
+
 
 @torch.no_grad()
 def update(target: nn.Module, source: nn.Module, momentum: float) -> None:
     """target = momentum * target + (1 - momentum) * source, in place. Parameters only: buffers have their own rules."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - momentum)
+    slow, fast = ([distributed.local(p) for p in module.parameters()] for module in (target, source))
+    torch._foreach_lerp_(slow, fast, 1 - momentum)
 
 
 def copy(target: nn.Module, source: nn.Module) -> nn.Module:

@@ -58,6 +58,6 @@ def fingerprint(folder: str | Path, identity: Mapping[str, Any]) -> dict[str, An
     step = origin(folder).step
     path = Path(folder) / "checkpoints" / checkpoint.name_of(step)
     try:
-        return {"step": step, "digest": files.read_manifest(path, checkpoint.FORMAT, "checkpoint")["digest"]}
+        return {"step": step, "digest": files.read_manifest(path, checkpoint.FORMATS, "checkpoint")["digest"]}
     except files.Broken as broken:
         raise InputError(f"train.extend_from: checkpoint {path} is broken: {broken}") from None

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -77,12 +77,20 @@ def seal(manifest: dict) -> dict:
     return {**bare, "seal": hashlib.sha256(canonical(bare).encode()).hexdigest()}
 
 
-def write_manifest(folder: Path, manifest: dict) -> dict:
-    """Close a folder: fsync what is in it, hash it, write the manifest last. Returns the manifest as written."""
-    files = {}
-    for name in members(folder):
-        sync(folder / name)
-        files[name] = {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size}
+def entry(path: Path) -> dict[str, Any]:
+    """Force a file to the disk; its line in the table of a manifest."""
+    sync(path)
+    return {"sha256": sha256(path), "bytes": path.stat().st_size}
+
+
+def write_manifest(folder: Path, manifest: dict, known: Mapping[str, dict] | None = None) -> dict:
+    """Close a folder: fsync what is in it, hash it, write the manifest last. Returns the manifest as written.
+
+    Args:
+        known: files that whoever wrote them has fsynced and hashed, and their lines in the table.
+    """
+    known = known or {}
+    files = {name: known[name] if name in known else entry(folder / name) for name in members(folder)}
     manifest = seal({**manifest, "files": files, "digest": table_digest(files)})
     write_text(folder / MANIFEST, canonical(manifest))
     for below in [path for path in folder.rglob("*") if path.is_dir()]:
@@ -130,8 +138,9 @@ def members(folder: Path) -> list[str]:
     return sorted(name for name in names if name != MANIFEST)
 
 
-def read_manifest(folder: Path, number: int, what: str) -> dict:
+def read_manifest(folder: Path, number: int | tuple[int, ...], what: str) -> dict:
     """Read and check the manifest alone. InputError for another format number, Broken for anything else."""
+    numbers = (number,) if isinstance(number, int) else number
     path = folder / MANIFEST
     try:
         if path.is_symlink() or path.stat().st_size > MANIFEST_LIMIT:
@@ -144,9 +153,10 @@ def read_manifest(folder: Path, number: int, what: str) -> dict:
         raise Broken(f"{MANIFEST} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):
         raise Broken(f"{MANIFEST} was changed after it was written (it is not JSON any more)") from None
-    if isinstance(manifest, dict) and type(manifest.get("format")) is int and manifest["format"] != number:
+    if isinstance(manifest, dict) and type(manifest.get("format")) is int and manifest["format"] not in numbers:
         raise InputError(
-            f"{what} {folder} has format {manifest['format']}; this version of fledge reads format {number}. "
+            f"{what} {folder} has format {manifest['format']}; this version of fledge reads "
+            f"format {' or '.join(map(str, numbers))}. "
             "Use the version of fledge that wrote it, or write it again with this one"
         )
     if not isinstance(manifest, dict) or "format" not in manifest or text != _resealed(manifest):

@@ -7,6 +7,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
+from fledge import distributed
 from fledge.config import Config, Duration, resolve
 from fledge.errors import InputError
 from fledge.schedule import warmup_then
@@ -74,23 +75,32 @@ def decay_groups(module: nn.Module, exempt: Callable[[str, Tensor], bool] = one_
     return [group for group in groups if group["params"]]
 
 
+def norms(grads: list[Tensor]) -> Tensor:
+    """The norm of each tensor, (n,); of all of it, where a rank holds only some rows."""
+    found = torch.stack(torch._foreach_norm([distributed.local(grad) for grad in grads]))
+    if any(distributed.is_sharded(grad) for grad in grads):
+        return distributed.sum_shards(found.double().square()).sqrt().to(found.dtype)
+    return found
+
+
 def clip_global(parameters: Iterable[Tensor], limit: float | None) -> Tensor:
     """Scale all gradients by min(1, limit / (‖all‖ + 1e-6)); returns the norm before."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
+    norm = torch.linalg.vector_norm(norms(grads))
     if limit is not None:
         scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(grads, scale)
+        torch._foreach_mul_([distributed.local(grad) for grad in grads], scale)
     return norm
 
 
 def clip_each(parameters: Iterable[Tensor], limit: float | None) -> Tensor:
     """Scale each tensor's gradient by min(1, limit / (‖g‖ + 1e-6)) (dino clip_gradients); returns the global norm."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm(grads)
+    each = norms(grads)
     if limit is not None:
-        torch._foreach_mul_(grads, [(limit / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
-    return torch.linalg.vector_norm(torch.stack(norms))
+        scales = (limit / (each + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([distributed.local(grad) for grad in grads], list(scales))
+    return torch.linalg.vector_norm(each)
 
 
 class Optim:

@@ -264,6 +264,16 @@ class Run:
         self._status |= {"updated": time.time(), "seconds": round(before + time.monotonic() - began, 2)} | changes
         write_json(self.dir / "status.json", self._status)
 
+    def note_engine(self, engine: str | None) -> None:
+        """Note in this attempt of environment.json, and say, what really keeps the ranks' parameters together."""
+        if not self.main:
+            return
+        path = self.dir / "environment.json"
+        *before, here = read_json(path, {})["attempts"]
+        write_json(path, {"attempts": [*before, {**here, "engine": engine}]})
+        if engine is not None:
+            self.say(f"{here['world_size']} processes, engine {engine}")
+
     @property
     def measures(self) -> bool:
         """Whether the stage measures what it hands over; an export does not."""

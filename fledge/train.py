@@ -26,11 +26,12 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from fledge import checkpoint, distributed, extend, preempt
+from fledge import checkpoint, distributed, extend, preempt, sharding
 from fledge.config import Config, Duration, bookkeeping, hardware, nearest
 from fledge.errors import InputError, Preempted, RunError
 from fledge.health import Nonfinite, NotFinite, Policy, Watchdog, same_everywhere
 from fledge.optim import Optim
+from fledge.saver import Saver
 from fledge.stream import Batch, derive, rows_of, share
 from fledge.throughput import Meter
 
@@ -70,6 +71,8 @@ class TrainConfig(Config):
     workers: int = hardware(0, ge=0)
     """Processes that prepare batches ahead; 0: none."""
     device: Literal["auto", "cuda", "mps", "cpu"] = hardware("auto")
+    engine: Literal["ddp", "fsdp2"] = hardware("ddp")
+    """Of several processes each holds all parameters, or (FSDP2) some rows of each, and of gradients and optimiser."""
     grad_checkpointing: bool = hardware(False)
     """Recompute each block's activations in the backward."""
     compile: bool = hardware(False)
@@ -93,6 +96,12 @@ class TrainConfig(Config):
     def _something_to_select_by(self) -> "TrainConfig":
         if self.select is not None and not self.eval_every:
             raise ValueError("select needs eval_every: the steps between the evaluations that it chooses by")
+        return self
+
+    @model_validator(mode="after")
+    def _engine_is_able(self) -> "TrainConfig":
+        if self.engine == "fsdp2" and self.micro_batch == "auto":
+            raise ValueError("micro_batch: auto is tried on whole parameters, which engine: fsdp2 lacks; give a number")
         return self
 
     @property
@@ -131,7 +140,7 @@ def backward(
     for i, micro_batch in enumerate(micro_batches):
         torch.manual_seed(derive("dropout", seed, step, distributed.rank(), i))
         last = i == len(micro_batches) - 1
-        with contextlib.nullcontext() if last or model is objective else model.no_sync():  # type: ignore[operator]
+        with distributed.accumulating(model, last):
             with autocast(precision):
                 outputs = model(micro_batch, step)
             losses = [weight * outputs[name] / max(counts[name], 1) for name, weight in objective.weights.items()]
@@ -192,19 +201,16 @@ def fit(
         Preempted: a signal asked some rank to stop; the step that was under way is done and saved.
     """
     torch.use_deterministic_algorithms(config.deterministic)
-    blocks = repeated_blocks(objective)
-    if config.grad_checkpointing:
-        checkpoint_blocks(blocks)
-    if config.compile:
-        for block in blocks:
-            block.compile()
-    training = Training(distributed.wrap(objective), stream, optim, config, run, steps, seed, evaluate)
+    engine = config.engine if run.export is None else "ddp"  # an export is one process
+    training = Training(objective, engine, stream, optim, config, run, steps, seed, evaluate)
     if run.export is not None:
         training.take(run.export.checkpoint, "exported")
         return
+    run.note_engine(distributed.engine_of(training.model))
     training.resume()
     if config.select is not None:
-        check_select(config.select, evaluate, training.step)
+        with training.gathered():
+            check_select(config.select, evaluate, training.step)
     if config.micro_batch == "auto":
         training.fit_micro_batch()
     training.go_on()
@@ -217,7 +223,8 @@ class Training:
 
     def __init__(
         self,
-        model: nn.Module,
+        objective: nn.Module,
+        engine: Literal["ddp", "fsdp2"],
         stream: Any,
         optim: Optim,
         config: TrainConfig,
@@ -226,20 +233,23 @@ class Training:
         seed: int,
         evaluate: Callable[[int], dict[str, float]] | None,
     ) -> None:
-        self.model, self.objective, self.stream, self.optim = model, unwrap(model), stream, optim
+        self.whole = objective  # the stage's own; empty while a copy of it in shards is what trains
+        self.model = wrapped(objective, engine, optim, config)
+        self.objective, self.stream, self.optim = unwrap(self.model), stream, optim
         self.config, self.run, self.steps, self.seed, self.evaluate = config, run, steps, seed, evaluate
         self.step = 0
         self.odd = Nonfinite(config.on_nonfinite)
         self.best: Best | None = None
         self.found: int | None = None  # the micro-batch that `auto` came to
-        self.warm = distributed.world_size() == 1
+        self.warm = distributed.engine_of(self.model) != "ddp"
+        self.saver, self.stalled = Saver(run.dir / "checkpoints"), 0.0  # seconds, not logged yet
         self.watchdog = Watchdog(config.watchdog, run.dir / "logs")
 
     def go_on(self) -> None:
         """From ``self.step`` to the end."""
         self.model.train()  # transformers reads models in eval mode; an objective without dropout overrides train()
         self.meter, batches = self.new_meter(), self.batches()
-        with self.run.progress(self.steps, self.step) as progress, self.watchdog:
+        with self.run.progress(self.steps, self.step) as progress, self.watchdog, self.saver:
             while self.step < self.steps:
                 self.watchdog.beat(f"step {self.step}")
                 began = time.perf_counter()
@@ -259,8 +269,15 @@ class Training:
                 self.step += 1
                 self.between_steps()
 
+        if self.whole is not self.objective:
+            sharding.gather(self.whole, self.objective)
+
     def new_meter(self) -> Meter:
         return Meter(self.objective, self.config, self.run)
+
+    def gathered(self) -> contextlib.AbstractContextManager:
+        """In here the stage's own objective has the parameters as they are now."""
+        return sharding.gathered(self.whole, self.objective)
 
     def batches(self) -> Iterator[tuple[Batch | None, list[slice]]]:
         return load_ahead(self.stream, range(self.step, self.steps), self.config)
@@ -297,13 +314,15 @@ class Training:
         if self.step % self.config.log_every == 0 or self.step == self.steps - 1:
             logged = {f"train/{name}": value for name, value in values.items()}
             cost = self.meter.read(logged, batch, rows=self.stream.batch, seconds=seconds, waited=waited)
+            if self.stalled:
+                cost["time/save"], self.stalled = self.stalled, 0.0
             self.run.log(self.step, logged | cost)
 
     def between_steps(self) -> None:
         """Whatever is due behind ``self.step`` steps: look whether the ranks agree, evaluate, save, leave.
 
         Raises:
-            RunError: the ranks' parameters differ, or the checkpoint could not be written.
+            RunError: the ranks' parameters differ, or a checkpoint could not be written.
             Preempted: some rank was asked to stop.
         """
         step, config = self.step, self.config
@@ -312,18 +331,22 @@ class Training:
             same_everywhere(checkpoint.module_tensors(self.objective), step - 1)
         if self.evaluate and config.eval_every and (step % config.eval_every == 0 or last and config.select):
             improved = self.measure(self.evaluate)
-        stopping = distributed.any_rank(preempt.asked() is not None)
+        stopping, failed = distributed.each_on_any_rank(preempt.asked() is not None, self.saver.failed)
+        if failed:
+            self.saver.wait()
         due = step % config.save_every == 0 or step == self.optim.same_until
         if stopping or last or improved or due:
             self.watchdog.beat(f"the save after step {step - 1}")
             self.save()
         if stopping:
+            self.saver.wait()
             raise Preempted(f"{self.run.name}: stopped by {preempt.asked() or 'another rank'}, saved at step {step}")
 
     def measure(self, evaluate: Callable[[int], dict[str, float]]) -> bool:
         """Evaluate the last step; whether it is the best one so far."""
         self.watchdog.beat(f"the evaluation after step {self.step - 1}")
-        measured = {f"eval/{name}": value for name, value in evaluate(self.step - 1).items()}
+        with self.gathered():
+            measured = {f"eval/{name}": value for name, value in evaluate(self.step - 1).items()}
         self.run.log(self.step - 1, measured)
         self.model.train()
         before, self.best = self.best, better(self.config.select, self.best, self.step, measured)
@@ -342,6 +365,7 @@ class Training:
                 run.log(step, {"train/nonfinite": odd.total})
                 run.say(f"{error}; it is skipped ({odd.total} so far)")
                 return False
+            self.saver.wait()
             found = checkpoint.newest(run.dir / "checkpoints")
             odd.back(found.step if found else None, step)
         except RunError as reason:
@@ -354,7 +378,12 @@ class Training:
 
     def save(self) -> None:
         """Save all that the next step depends on: parameters, buffers, optimiser, the stream's own state, which steps
-        were not finite, and which checkpoint was the best so far. That one is not pruned."""
+        were not finite, and which checkpoint was the best so far. That one is not pruned.
+
+        Raises:
+            RunError: the save before could not be written.
+        """
+        began = time.perf_counter()
         tensors, state = self.stream.state()
         parts = {
             "model": checkpoint.module_tensors(self.objective),
@@ -365,8 +394,9 @@ class Training:
         states |= {"best": self.best} if self.best else {}
         states |= {"micro_batch": self.found} if self.found else {}
         spare = {self.optim.same_until} | ({self.best["step"]} if self.best else set())
-        checkpoint.save(self.run.dir / "checkpoints", self.step, parts, states, self.config.keep, spare)
-        self.run.note_best(self.best)
+        note = functools.partial(self.run.note_best, self.best)
+        self.saver.save(self.step, parts, states, self.config.keep, spare, published=note)
+        self.stalled += time.perf_counter() - began
 
     def resume(self, rolling_back: bool = False) -> None:
         """Load the newest verified checkpoint, if there is one. A run that rolls back keeps its own ``odd``, which
@@ -376,8 +406,8 @@ class Training:
         if begins is not None:
             found = self.origin(begins)
         if found is not None:
-            checkpoint.load_module(self.objective, found.tensors("model"))
-            checkpoint.load_optimizer(self.optim.optimizer, self.objective, found.tensors("optim"))
+            checkpoint.load_module(self.objective, found.stored("model"))
+            checkpoint.load_optimizer(self.optim.optimizer, self.objective, found.stored("optim"))
             self.stream.load(found.tensors("stream"), found.state["stream"])
             if not rolling_back:
                 self.odd.load(found.state["nonfinite"])
@@ -452,7 +482,7 @@ class Training:
 
     def take(self, found: checkpoint.Checkpoint, why: str) -> None:
         """Put a checkpoint's parameters and buffers into the objective: it is what will be handed over."""
-        checkpoint.load_module(self.objective, found.tensors("model"))
+        checkpoint.load_module(self.whole, found.stored("model"))
         self.run.taken = {"step": found.step, "of": self.steps, "why": why}
         self.run.say(f"step {found.step} of {self.steps} is handed over ({why})")
 
@@ -461,6 +491,14 @@ class Training:
             raise RunError(f"{self.run.name}: {select.metric} was never a finite number: no checkpoint is the best")
         chosen = checkpoint.find(self.run.dir / "checkpoints", self.best["step"])
         self.take(chosen, f"the best by {select.metric}, {self.best['value']:.6g}")
+
+
+def wrapped(objective: nn.Module, engine: str, optim: Optim, config: TrainConfig) -> nn.Module:
+    """What is called in training: the objective, under DDP on several ranks; or its copy in shards."""
+    if engine == "fsdp2":
+        return sharding.shard(objective, optim.optimizer, lambda module: prepared_blocks(module, config))
+    prepared_blocks(objective, config)
+    return distributed.wrap(objective)
 
 
 def explain(error: NotFinite, reason: RunError, run: "Run") -> str:
@@ -585,6 +623,17 @@ def repeated_blocks(module: nn.Module) -> list[nn.Module]:
             if alike and any(True for _ in children[0].children()):
                 found += children
     return found
+
+
+def prepared_blocks(module: nn.Module, config: TrainConfig) -> list[nn.Module]:
+    """The backbone's blocks, with what the config wants of them."""
+    blocks = repeated_blocks(module)
+    if config.grad_checkpointing:
+        checkpoint_blocks(blocks)
+    if config.compile:
+        for block in blocks:
+            block.compile()
+    return blocks
 
 
 def checkpoint_blocks(blocks: list[nn.Module]) -> None:

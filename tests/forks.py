@@ -29,6 +29,7 @@ HEAVY += ("torch.utils.data", "torch.nn.parallel", "transformers.models.llama.mo
 HEAVY += ("transformers.models.bert.modeling_bert", "transformers.models.gpt2.modeling_gpt2")
 HEAVY += ("pretrain.mae", "pretrain.dino", "pretrain.mlm", "pretrain.clm", "finetune.classify", "finetune.sft")
 HEAVY += ("align.clip", "align.reward", "align.ppo", "fledge.cli", "fledge.report")
+HEAVY += ("torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo")
 STACKS = signal.SIGUSR1
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def stage(stage: str, config: dict[str, Any], die: dict[str, int] | None = None,
 def command(argv: list[str], stop: str | None = None, at: int = 0, number: str = "SIGUSR2") -> None:
     """The command `fledge`, ending in its exit code. ``stop``: send this process SIGUSR2 "in training" at step ``at``
     (only to the last rank), "inside a save" of step ``at``, or in the "evaluation" after training."""
-    from fledge import checkpoint, cli, distributed, track
+    from fledge import cli, distributed, saver, track
 
     def first(work, where):
         def signalled(*args: Any, **more: Any) -> Any:
@@ -39,35 +40,38 @@ def command(argv: list[str], stop: str | None = None, at: int = 0, number: str =
         return signalled
 
     track.Run.log = first(track.Run.log, "in training")  # type: ignore[method-assign]
-    checkpoint.save = first(checkpoint.save, "inside a save")
+    saver.Saver.save = first(saver.Saver.save, "inside a save")  # type: ignore[method-assign]
     track.Run.publish = first(track.Run.publish, "evaluation")  # type: ignore[method-assign]
     raise SystemExit(cli.main(argv))
 
 
-def die_inside_a_save(save: int, sync: int) -> None:
-    """SIGKILL this process at the ``sync``-th fsync of its ``save``-th checkpoint (both from 1)."""
+def die_inside_a_save(save: int, sync: int, rank: int = 0) -> None:
+    """SIGKILL this process, if it is that rank, at the ``sync``-th fsync of its ``save``-th checkpoint (from 1)."""
     from fledge import checkpoint
 
-    saves, syncs, inside = 0, 0, False
-    plain_save, plain_sync = checkpoint.save, os.fsync
+    if int(os.environ.get("RANK", 0)) != rank:
+        return
+    saves, syncs = 0, 0
+    plain_publish, plain_sync = checkpoint.publish, os.fsync
+    thread: threading.Thread | None = None
 
     def counted_sync(handle: int) -> None:
         nonlocal syncs
         plain_sync(handle)
-        if inside and saves == save:
+        if threading.current_thread() is thread and saves == save:
             syncs += 1
             if syncs == sync:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def counted_save(*args: Any) -> Path:
-        nonlocal saves, inside
-        saves, inside = saves + 1, True
+    def counted_publish(*args: Any) -> None:
+        nonlocal saves, thread
+        saves, thread = saves + 1, threading.current_thread()
         try:
-            return plain_save(*args)
+            plain_publish(*args)
         finally:
-            inside = False
+            thread = None
 
-    checkpoint.save, os.fsync = counted_save, counted_sync
+    checkpoint.publish, os.fsync = counted_publish, counted_sync
 
 
 def trace_ids(path: Path) -> None:

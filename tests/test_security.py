@@ -31,6 +31,7 @@ from fledge.models import language
 from fledge.models.language import CausalConfig
 from fledge.redact import redact
 from tests import launch
+from tests.fledge.test_checkpoint import save
 
 SECRETS = {
     "WANDB_API_KEY": "c0ffee5eed" * 4,
@@ -102,7 +103,7 @@ def resealed(folder: Path, change=lambda manifest: None) -> None:
 
 
 def saved(root: Path) -> Path:
-    return checkpoint.save(root, 3, {"model": {"w": torch.ones(2)}, "optim": {}, "stream": {}}, {"stream": {}}, 2)
+    return save(root, 3, {"model": {"w": torch.ones(2)}, "optim": {}, "stream": {}}, {"stream": {}}, 2)
 
 
 # ------------------------------------------------------------------------------------------------ pickles

@@ -19,8 +19,8 @@ from fledge import artifact, checkpoint, files
 from fledge.errors import InputError, RunError
 from fledge.track import Run
 from tests.fledge import test_artifact
-from tests.fledge.test_checkpoint import flip, same, save_small, small
-from tests.fledge.test_health import last
+from tests.fledge.test_checkpoint import flip, same, save, save_small, small
+from tests.fledge.test_health import last, there
 from tests.fledge.test_train import Toy, fitted, without_times
 
 forking = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -169,6 +169,7 @@ def test_a_disk_that_fills_up_while_training(tmp_path, whole):
 
         def evaluate(step):
             if step == 4:
+                there(disk / "toy/checkpoints/step_00000004")
                 fill(disk)
             return {}
 
@@ -189,7 +190,7 @@ def test_a_disk_too_small_for_the_tensors(tmp_path):
     with little_disk(tmp_path / "disk") as disk:
         save_small(disk, 1)
         with pytest.raises(RunError, match=f"step 2 could not be written to {disk}: .*No space left"):
-            checkpoint.save(disk, 2, {"model": {"weight": torch.ones(500_000)}}, {}, keep=1)
+            save(disk, 2, {"model": {"weight": torch.ones(500_000)}}, {}, keep=1)
         assert [path.name for path in disk.iterdir()] == ["step_00000001"]
         assert checkpoint.newest(disk).step == 1
 
@@ -227,8 +228,10 @@ def test_a_failed_save_harms_neither_the_run_nor_the_older_checkpoint(tmp_path, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        plain, saves = checkpoint._write, []
-        patch.setattr(checkpoint, "_write", lambda *args: full("") if len(saves) == 1 else saves.append(plain(*args)))
+        plain, written = checkpoint.save_file, []
+        patch.setattr(
+            checkpoint, "save_file", lambda *args: full("") if len(written) == 3 else written.append(plain(*args))
+        )
         with pytest.raises(RunError, match="step 4 could not be written .*No space left"):
             fitted(tmp_path, 6, save_every=2)
     fitted(tmp_path, 6, save_every=2)

@@ -46,6 +46,14 @@ def last(run: Path) -> dict[str, torch.Tensor]:
     return {f"{group}/{n}": t for group in ("model", "optim") for n, t in found.tensors(group).items()}
 
 
+def there(path: Path) -> Path:
+    """What a save writes beside the steps, once it is there."""
+    until = time.monotonic() + 30
+    while not path.exists() and time.monotonic() < until:
+        time.sleep(0.001)
+    return path
+
+
 def nonfinite(logged: list[dict]) -> dict[int, int]:
     return {r["step"]: r["train/nonfinite"] for r in logged if "train/nonfinite" in r}
 
@@ -113,7 +121,7 @@ def test_a_run_that_dies_inside_of_what_it_leaves_out_goes_on_leaving_it_out(tmp
     def evaluate(step):
         seen.append(step)
         if seen.count(4) == 1 and step == 4:
-            flip(folder / "toy/checkpoints/step_00000004/model.safetensors")
+            flip(there(folder / "toy/checkpoints/step_00000004/model.safetensors"))
         if seen.count(4) == 2:
             raise KeyboardInterrupt
         return {}

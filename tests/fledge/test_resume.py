@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from fledge.export import export
 from tests.forks import Forks, Job
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -321,10 +322,10 @@ def storm(world: World, name: str, folder: Path, seed: int) -> tuple[int, int]:
     return random_kills, save_kills
 
 
-def wait_for_death(job: Job) -> None:
-    """Until rank 0 is dead; the launcher would then end the others."""
+def wait_for_death(job: Job, rank: int = 0) -> None:
+    """Until that rank is dead; the launcher would then end the others."""
     until = time.monotonic() + 60
-    while job.poll() is False and job.codes[0] is None and time.monotonic() < until:
+    while job.poll() is False and job.codes[rank] is None and time.monotonic() < until:
         time.sleep(0.005)
 
 
@@ -338,6 +339,55 @@ def test_killed_at_random_moments(world, name, tmp_path):
     if CASES[name].steps:
         assert [r["step"] for r in curve(truth) if "train/loss" in r] == list(range(CASES[name].steps))
         assert [r["step"] for r in curve(truth) if any(k.startswith("eval/") for k in r)] == [3, 7, 11]
+
+
+# ------------------------------------------------------------------------------------------------------------ shards
+
+SHARDED = ("mae", "dino", "mlm", "clm", "sft", "reward", "clip")
+"""All but PPO, which generates."""
+
+
+def sharded(world: World, name: str) -> Path:
+    """The run of this stage in shards on two ranks that nothing happens to."""
+    folder = world.root / "sharded" / name
+    if not (run_of(name, folder) / "artifact").exists():
+        world.start(world.calm, name, folder, world=2, changes={"engine": "fsdp2"}).wait()
+    return run_of(name, folder)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_stage_in_shards_is_the_stage(world, name, tmp_path):
+    """Curve, evaluations and artifact, up to rounding; and whoever exports its checkpoint gets the same artifact."""
+    run = sharded(world, name)
+    if CASES[name].world == 2:
+        truth = world.uninterrupted(name)
+    else:  # its dropout is another on one rank
+        world.start(world.calm, name, tmp_path / "ddp", world=2).wait()
+        truth = run_of(name, tmp_path / "ddp")
+    assert [r.keys() for r in curve(run)] == [r.keys() for r in curve(truth)]
+    for mine, true in zip(curve(run), curve(truth), strict=True):
+        assert mine == pytest.approx(true, rel=1e-4, abs=1e-6)
+    weights, true_weights = (load_file(one / "artifact/model.safetensors") for one in (run, truth))
+    for key, tensor in true_weights.items():
+        torch.testing.assert_close(weights[key], tensor, rtol=1e-2, atol=1e-3, msg=key)
+    exported = export(str(run), tmp_path / "exported").path
+    assert (exported / "model.safetensors").read_bytes() == (run / "artifact/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name, rank", [("mae", 1), ("dino", 0)])
+def test_killed_in_shards(world, name, rank, tmp_path):
+    """At random moments, and rank 0 or 1 inside of its part of a save."""
+    more = {"world": 2, "changes": {"engine": "fsdp2"}}
+    die = {"save": 2, "sync": 1, "rank": rank}
+    job = world.start(world.stormy, name, tmp_path, die=die, **more)
+    wait_for_death(job, rank)
+    assert job.codes[rank] == -9, job.output()
+    job.end()
+    for lines in (4, 7):
+        job = world.start(world.stormy, name, tmp_path, **more)
+        assert kill_somewhere(job, run_of(name, tmp_path), lines, 0.02, 1 - rank)
+    world.start(world.stormy, name, tmp_path, **more).wait()
+    assert_same_run(run_of(name, tmp_path), sharded(world, name))
 
 
 # ------------------------------------------------------------------------------------------------- ranks and batches
