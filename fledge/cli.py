@@ -48,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
     start.add_argument("--rdzv-timeout", type=_positive, default=300, metavar="SECONDS", help="default 300")
     start.add_argument("--max-restarts", type=_natural, default=0, metavar="N", help=RESTARTS)
     start.add_argument("--slurm", action="store_true", help="write a batch file and give it to sbatch")
+    start.add_argument("--only", metavar="STAGE", help="just this stage of a recipe, whose parents have finished")
+    start.add_argument("--per-stage", action="store_true", help="with --slurm: a job a stage, after its parents'")
     start.add_argument("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="a further #SBATCH option")
     start.add_argument("--dry-run", action="store_true", help="print the command or the batch file; start nothing")
     start.set_defaults(work=launch.main)

@@ -27,7 +27,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,8 @@ class Plan:
     rdzv_timeout: int = 300
     max_restarts: int = 0
     sbatch: tuple[str, ...] = ()
+    only: str | None = None
+    """Of a recipe, just this stage."""
 
     @property
     def world(self) -> int:
@@ -71,7 +73,11 @@ class Plan:
     @property
     def work(self) -> list[str]:
         """What every rank runs, after `python -m`."""
-        return ["fledge.cli", "run", self.file, *self.overrides, *(["--out", self.out] if self.out else [])]
+        return ["fledge.cli", "run", self.file, *self.overrides, *self.where]
+
+    @property
+    def where(self) -> list[str]:
+        return [*(["--out", self.out] if self.out else []), *(["--only", self.only] if self.only else [])]
 
 
 def plan(args: Any) -> Plan:
@@ -86,6 +92,8 @@ def plan(args: Any) -> Plan:
         raise InputError("--nodes: several machines need --rdzv HOST:PORT, a name and a free port of the first of them")
     if args.slurm and args.gpus is None and args.procs is None:
         raise InputError("--slurm: say how many processes a machine runs: --gpus N, or --procs N without GPUs")
+    if args.per_stage and (not args.slurm or args.only is not None):
+        raise InputError("--per-stage: one job of SLURM's a stage; it goes with --slurm, and without --only")
     node = args.node_rank
     if node is None:
         node = 0 if args.nodes == 1 or args.slurm else int(os.environ.get("SLURM_NODEID", -1))
@@ -114,6 +122,7 @@ def plan(args: Any) -> Plan:
         rdzv_timeout=args.rdzv_timeout,
         max_restarts=args.max_restarts,
         sbatch=tuple(args.sbatch),
+        only=args.only,
     )
 
 
@@ -134,10 +143,17 @@ def main(args: Any) -> int:
 
     wish = plan(args)
     job = recipe.load(wish.file, wish.overrides, wish.out)
+    if not job.is_recipe and (wish.only is not None or args.per_stage):
+        raise InputError(f"{wish.file} is one stage; --only and --per-stage are for recipes")
     name = job.stages[0].name if not job.is_recipe else re.sub(r"[^A-Za-z0-9._-]", "-", Path(wish.file).stem)
+    if args.per_stage:
+        return _slurm_stages(wish, job, name, args.dry_run)
+    if wish.only is not None:
+        job, name = replace(job, stages=[recipe.stage_of(job, wish.only)]), f"{name}-{wish.only}"
     logs = job.out / "logs" / name
     if args.slurm:
-        return _slurm(wish, name, logs, args.dry_run)
+        _slurm(wish, name, logs, [], args.dry_run)
+        return 0
     if args.dry_run:
         print(shlex.join(torchrun(wish, f"{name}-0")))
         return 0
@@ -516,7 +532,7 @@ def batch(wish: Plan, name: str, logs: Path) -> str:
     options += ["signal=USR2@90", "requeue", "open-mode=append", f"output={output}", *wish.sbatch]
     many = ["--gpus" if wish.gpus else "--procs", str(wish.procs)]
     command = [sys.executable, "-m", "fledge.cli", "launch", wish.file, *wish.overrides, *many]
-    command += ["--out", wish.out] if wish.out else []
+    command += wish.where
     command += ["--max-restarts", str(wish.max_restarts)]
     if wish.nodes > 1:
         command += ["--nodes", str(wish.nodes), "--rdzv-timeout", str(wish.rdzv_timeout)]
@@ -549,21 +565,35 @@ def batch(wish: Plan, name: str, logs: Path) -> str:
     return text
 
 
-def _slurm(wish: Plan, name: str, logs: Path, dry_run: bool) -> int:
-    """Write the batch file and give it to sbatch; a dry run prints it."""
+def _slurm_stages(wish: Plan, job: "Job", name: str, dry_run: bool) -> int:
+    """A job for each stage, which waits until those of its parents have ended well, requeued or not."""
+    ids: dict[str, str] = {}
+    for stage in job.stages:
+        parents = dict.fromkeys(ids[wire.stage] for wire in stage.parents.values() if wire.stage is not None)
+        after = [f"--dependency=afterok:{':'.join(parents)}", "--kill-on-invalid-dep=yes"] if parents else []
+        own = f"{name}-{stage.name}"
+        found = _slurm(replace(wish, only=stage.name), own, job.out / "logs" / own, after, dry_run)
+        ids[stage.name] = found or f"<{stage.name}>"
+    return 0
+
+
+def _slurm(wish: Plan, name: str, logs: Path, options: Sequence[str], dry_run: bool) -> str:
+    """Write the batch file and give it to sbatch: the job's number; a dry run prints both, and has none."""
     text = batch(wish, name, logs)
     if dry_run:
-        print(text, end="")
-        return 0
+        print(text + (f"# sbatch {' '.join(options)}\n" if options else ""), end="")
+        return ""
     from fledge.track import write_atomic
 
     path = logs / "job.sbatch"
     write_atomic(path, text)
     try:
-        done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True, check=False)
+        command = ["sbatch", "--parsable", *options, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise InputError(f"--slurm: there is no sbatch on this machine; the batch file is {path}") from None
     if done.returncode:
         raise RunError(f"sbatch did not take {path}: {done.stderr.strip()}")
-    say(f"{done.stdout.strip()} ({path})")
-    return 0
+    number = done.stdout.strip().partition(";")[0]  # NUMBER or NUMBER;CLUSTER
+    say(f"submitted job {number} ({path})")
+    return number

@@ -553,11 +553,16 @@ def run(
     return artifacts
 
 
-def _only(job: Job, name: str) -> list[Stage]:
+def stage_of(job: Job, name: str) -> Stage:
+    """Raises: InputError: there is no such stage."""
     names = [stage.name for stage in job.stages]
     if name not in names:
         raise InputError(f"--only {name}: expected one of {', '.join(names)}{configs.nearest(name, names)}")
-    stage = job.stages[names.index(name)]
+    return job.stages[names.index(name)]
+
+
+def _only(job: Job, name: str) -> list[Stage]:
+    stage = stage_of(job, name)
     for role, wire in stage.parents.items():
         if wire.stage is not None and not (job.out / wire.stage / "artifact" / "manifest.json").exists():
             raise InputError(

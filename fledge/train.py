@@ -263,7 +263,7 @@ class Training:
                         self.meter, batches, progress.step = self.new_meter(), self.batches(), self.step
                         continue
                     values = {}
-                if values:
+                if values and batch is not None:
                     self.log(values, batch, time.perf_counter() - began, waited)
                 progress.update(values, rows=self.stream.batch if values else 0)
                 self.step += 1

@@ -335,13 +335,11 @@ def die_everywhere(root: str, keep: int = 1) -> None:
             seen.add(found.step)
             deaths += 1
         assert at > 20
-    assert seen == {keep, keep + 1}
-    print(deaths)
+    assert seen == {keep, keep + 1} and deaths > 60
 
 
 @forking
 def test_death_at_every_call_of_a_save(forks, tmp_path):
     """With one checkpoint kept, so that the old one goes as soon as the new one stands."""
     args = {"root": str(tmp_path / "root")}
-    job = forks.start("tests.fledge.test_faults:die_everywhere", args, folder=tmp_path).wait()
-    assert int((tmp_path / "rank0.log").read_text().split()[-1]) > 60, job.output()
+    forks.start("tests.fledge.test_faults:die_everywhere", args, folder=tmp_path).wait()

@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("launch")
     write_data(root)
     config = {"stage": "pretrain.mae", "seed": 5, **placed(CASES["mae"].config, root), "track": {"wandb": "off"}}
-    config["train"] |= {"steps": STEPS, "save_every": 8}
+    config["train"] |= {"steps": STEPS, "save_every": 8, "eval_every": 0}  # a line a step
     (root / "mae.yaml").write_text(yaml.safe_dump(config))
     (root / "two.yaml").write_text(
         "stages:\n  first: {stage: pretrain.mae, config: mae.yaml}\n"
@@ -142,6 +142,32 @@ def test_a_secret_does_not_reach_the_batch_file(folder, capsys, monkeypatch):
     assert cli.main(["launch", str(folder / "mae.yaml"), *options]) == 2
     said = capsys.readouterr()
     assert "the value of $A_TOKEN is part of the command" in said.err and "canary" not in said.out + said.err
+
+
+def test_a_recipe_as_dependent_jobs(folder, capsys, monkeypatch, tmp_path):
+    """A job for each stage, submitted behind its parents; each runs its stage alone, with logs of its own."""
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    count = f'echo "$@" >> {tmp_path}/asked; echo $((70 + $(wc -l < {tmp_path}/asked)));'
+    (stubs / "sbatch").write_text(f"#!/bin/sh\n{count}\n")
+    (stubs / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stubs}:{os.environ['PATH']}")
+    wish = ["launch", str(folder / "two.yaml"), "--slurm", "--per-stage", "--procs", "2", "--out", str(tmp_path / "o")]
+    assert cli.main([*wish, "--dry-run"]) == 0
+    assert "# sbatch --dependency=afterok:<first> --kill-on-invalid-dep=yes\n" in capsys.readouterr().out
+    assert cli.main(wish) == 0 and "submitted job 72" in capsys.readouterr().out
+    first, second = (tmp_path / "o/logs" / f"two-{stage}" / "job.sbatch" for stage in ("first", "second"))
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked == [f"--parsable {first}", f"--parsable --dependency=afterok:71 --kill-on-invalid-dep=yes {second}"]
+    assert f"--out {tmp_path}/o --only second" in second.read_text()
+    for wrong, says in [
+        (["--procs", "2"], "goes with --slurm"),
+        (["--slurm", "--procs", "2", "--only", "first"], "--only"),
+    ]:
+        assert cli.main(["launch", str(folder / "two.yaml"), "--per-stage", *wrong]) == 2
+        assert says in capsys.readouterr().err
+    assert cli.main(["launch", str(folder / "mae.yaml"), "--only", "first"]) == 2
+    assert "--only and --per-stage are for recipes" in capsys.readouterr().err
 
 
 def in_slurm(folder, capsys, monkeypatch, place, *options, srun=0, hosts="echo node7; echo node8"):
@@ -425,7 +451,7 @@ def test_preempted_under_slurm(slurm, folder, truth, tmp_path, times):
     command = ["launch", folder / "mae.yaml", "--slurm", "--procs", "2", "--out", "runs"]
     here = {**slurm.environment, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "A_TOKEN": "canary-canary"}
     said, _ = ended(fledge(*command, cwd=tmp_path, **here))
-    job, run = said.split("Submitted batch job ")[1].split()[0], tmp_path / "runs" / "mae"
+    job, run = said.split("submitted job ")[1].split()[0], tmp_path / "runs" / "mae"
     for stop in range(times):
         wait_for(lambda lines=5 * (stop + 1): logged(run) >= lines, 120)
         slurm.ask("scancel", "--signal=USR2", job)

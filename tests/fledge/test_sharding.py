@@ -285,14 +285,12 @@ def die_everywhere(root: str) -> None:
             assert codes[who] == 9, (who, at, codes)
             deaths += 1
         assert at > 3
-    assert seen == {1, 2}
-    print(deaths)
+    assert seen == {1, 2} and deaths > 15
 
 
 def test_death_of_one_rank_at_every_call_of_a_save(forks, tmp_path):
     args = {"root": str(tmp_path / "root")}
-    job = forks.start("tests.fledge.test_sharding:die_everywhere", args, folder=tmp_path).wait(300)
-    assert int((tmp_path / "rank0.log").read_text().split()[-1]) > 15, job.output()
+    forks.start("tests.fledge.test_sharding:die_everywhere", args, folder=tmp_path).wait(300)
 
 
 def full_on_rank_1(root: str) -> None:
