@@ -1,0 +1,137 @@
+"""Low-rank adapters on a language model's linear layers, by peft, put into the model in place.
+
+The model stays of its own class. A layer W x becomes W x + (alpha / rank) · B A x with A (rank, in) and B (out, rank),
+B = 0 at first (Hu et al. 2021, https://arxiv.org/abs/2106.09685). Several adapters may share one trunk; `using` says
+which of them takes part, and with none the model is the base, bit for bit.
+"""
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from fledge.config import Config
+from fledge.errors import InputError
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+FOLDER = "adapter"
+"""Where an artifact keeps its adapter, beside the merged weights."""
+
+
+class LoRAConfig(Config):
+    """What learns beside the frozen base. The default is all linear layers but the head, as QLoRA has it."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    """The update counts alpha / rank times."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Of the adapter's input."""
+    targets: list[str] = []
+    """Layers by the end of their names, such as q_proj; none: all linear layers but the head."""
+    dora: bool = False
+    """Learn each column's magnitude apart from its direction (Liu et al. 2024, https://arxiv.org/abs/2402.09353)."""
+
+
+def add(model: Any, config: LoRAConfig, name: str = "default") -> list[nn.Parameter]:
+    """Put an adapter into ``model``, which freezes all that it had, and take it into use; its parameters.
+
+    Raises:
+        InputError: no layer has a name that ``config.targets`` asks for.
+    """
+    from peft import LoraConfig
+
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft divides it by the rank, whatever it is
+        lora_dropout=config.dropout,
+        target_modules=config.targets or "all-linear",
+        use_dora=config.dora,
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),  # GPT-2's layers
+    )
+    others = [parameter for other in names(model) for parameter in parameters(model, other)]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
+            model.add_adapter(lora, adapter_name=name)
+    except ValueError as error:
+        some = sorted({n.rpartition(".")[2] for n, module in model.named_modules() if hasattr(module, "weight")})
+        raise InputError(f"lora.targets {config.targets}: {error} Its layers are {', '.join(some)}") from error
+    model.set_adapter(name)
+    for parameter in others:  # one adapter does not freeze another
+        parameter.requires_grad_(True)
+    return parameters(model, name)
+
+
+def layers(model: nn.Module) -> "Iterator[tuple[str, BaseTunerLayer]]":
+    """The layers that hold adapters, by name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for where, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield where, module
+
+
+def names(model: nn.Module) -> list[str]:
+    """The adapters of a model."""
+    return sorted({name for _, layer in layers(model) for name in layer._all_available_adapter_names()})
+
+
+def parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]:
+    """Those of one adapter, in the model's order."""
+    return [p for where, p in model.named_parameters() if f".{name}." in where and "lora_" in where]
+
+
+@contextlib.contextmanager
+def using(model: nn.Module, name: str | None) -> Iterator[None]:
+    """In here ``model`` computes with one adapter, or as its base (None). What is trainable stays as it is.
+
+    A backward that recomputes a forward (gradient checkpointing) must run inside, too.
+    """
+    found = [layer for _, layer in layers(model)]
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in found]
+    for layer in found:
+        layer._active_adapter, layer._disable_adapters = [name] if name else [], name is None
+    try:
+        yield
+    finally:
+        for layer, (active, disabled) in zip(found, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+@torch.no_grad()
+def merged(model: Any, name: str = "default") -> Any:
+    """A plain model of the same class whose weights hold one adapter; ``model`` is left as it is.
+
+    Raises:
+        RuntimeError: a merged weight is not finite.
+    """
+    plain = copy.deepcopy(model)
+    for where, layer in list(layers(plain)):
+        layer.merge(safe_merge=True, adapter_names=[name])
+        parent, _, last = where.rpartition(".")
+        setattr(plain.get_submodule(parent), last, layer.get_base_layer())
+    plain._hf_peft_config_loaded = False
+    del plain.peft_config
+    return plain.requires_grad_(True)
+
+
+def save(model: Any, folder: Path, name: str = "default") -> None:
+    """One adapter in peft's own form: ``PeftModel.from_pretrained(base, folder)`` reads it."""
+    from peft.utils.save_and_load import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=name)
+    prefixed = {f"base_model.model.{key}": tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    save_file(prefixed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = copy.copy(model.peft_config[name])
+    config.inference_mode, config.base_model_name_or_path = True, None  # the base may be anywhere
+    config.save_pretrained(folder)
