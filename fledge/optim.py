@@ -37,6 +37,12 @@ class OptimConfig(Config):
     min_lr: float = 0.0
 
     @model_validator(mode="after")
+    def _rate_is_one(self) -> "OptimConfig":
+        if not 0 <= self.lr <= 1e30:  # beyond, AdamW itself overflows in fp32
+            raise ValueError(f"lr {self.lr:g} is no learning rate; expected 0 or more, as 1e-4")
+        return self
+
+    @model_validator(mode="after")
     def _cooldown_of_what(self) -> "OptimConfig":
         if self.cooldown is not None and self.decay != "constant":
             raise ValueError(f"cooldown is the end of a constant rate, but decay is {self.decay}; use decay: constant")

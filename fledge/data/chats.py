@@ -90,8 +90,7 @@ class RecordsConfig(DataConfig):
 
     def inputs(self) -> dict[str, list[Path]]:
         """The files behind each path that is set."""
-        paths = {"train": self.path, "validation": self.validation_path, "test": self.test_path}
-        return {s: records.files_of(p, records.RECORD_SUFFIXES, "data.path") for s, p in paths.items() if p is not None}
+        return records.inputs(self, records.RECORD_SUFFIXES)
 
 
 class ChatsConfig(RecordsConfig):

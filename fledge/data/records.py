@@ -48,6 +48,13 @@ def split_of(key: str, validation: float, test: float) -> Split:
     return "validation" if u < validation else "test" if u < validation + test else "train"
 
 
+def inputs(config: Any, suffixes: tuple[str, ...]) -> dict[str, list[Path]]:
+    """The files behind ``path``, ``validation_path`` and ``test_path``, of those that are set, by split."""
+    paths = {"train": "path", "validation": "validation_path", "test": "test_path"}
+    named = {split: (getattr(config, field), f"data.{field}") for split, field in paths.items()}
+    return {split: files_of(path, suffixes, what) for split, (path, what) in named.items() if path is not None}
+
+
 def files_of(path: str | Path, suffixes: tuple[str, ...], what: str) -> list[Path]:
     """The file itself, the files of a pattern (``text/*.txt``), or a folder's files with one of the suffixes; in the
     order of their relative names."""

@@ -74,7 +74,7 @@ class TextConfig(DataConfig):
             from fledge.data import world
 
             return world.fingerprint(*self.kinds)
-        return records.digest([[records.sha256(f) for f in group] for group in _inputs(self).values()])
+        return records.digest([[records.sha256(f) for f in group] for group in records.inputs(self, SUFFIXES).values()])
 
     def check(self) -> None:
         if self.source == "files" and self.path is None:
@@ -83,13 +83,7 @@ class TextConfig(DataConfig):
             raise InputError(f"data.path is {self.path}, but data.source is world; set data.source: files to read it")
         if self.validation_fraction + self.test_fraction >= 1:
             raise InputError("data.validation_fraction and data.test_fraction leave nothing to train on")
-        _inputs(self)
-
-
-def _inputs(config: TextConfig) -> dict[str, list[Path]]:
-    """The files behind each path that is set."""
-    paths = {"train": config.path, "validation": config.validation_path, "test": config.test_path}
-    return {split: records.files_of(path, SUFFIXES, "data.path") for split, path in paths.items() if path is not None}
+        records.inputs(self, SUFFIXES)
 
 
 def documents(config: TextConfig, split: Split) -> list[str]:
@@ -106,7 +100,7 @@ def iterate(config: TextConfig, split: Split) -> Iterator[str]:
             yield from world.documents(kind, split)
         return
     config.check()
-    inputs = _inputs(config)
+    inputs = records.inputs(config, SUFFIXES)
     if split != "train" and split in inputs:
         yield from _read(config, inputs[split])
         return

@@ -109,6 +109,13 @@ def test_wrong_input_is_named(tmp_path, name, data, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+def test_a_missing_file_is_named_by_its_own_key(tmp_path):
+    (tmp_path / "a.txt").write_text("good")
+    config = TextConfig(source="files", path=str(tmp_path / "a.txt"), validation_path=str(tmp_path / "b.txt"))
+    with pytest.raises(InputError, match=r"^data\.validation_path: there is no file"):
+        config.check()
+
+
 def test_contradictions():
     for config in (
         TextConfig(source="files"),
