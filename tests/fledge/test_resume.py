@@ -122,8 +122,10 @@ CASES = {
         {
             "data": data("chats.jsonl", max_length=40, packing="best_fit"),
             "lora": {"rank": 2, "dropout": 0.2, "dora": True},
+            "neftune_alpha": 5.0,
+            "pretraining": {"data": TEXT, "share": 0.3},
             "optim": {"lr": 0.01},
-            "evaluation": {"examples": 8, "max_new_tokens": 4},
+            "evaluation": {"metric": "exact", "examples": 8, "max_new_tokens": 4, "prompts": 4},
             "train": train(batch=4, micro_batch=2, grad_checkpointing=True),
         },
         parents={"model": "clm"},
