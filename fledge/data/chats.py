@@ -318,6 +318,47 @@ def ids_of(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[list[
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
+def ids_of_segments(
+    tokenizer: "PreTrainedTokenizerFast", conversations: list[list[Segment]]
+) -> list[list[tuple[list[int], bool]]]:
+    """[(ids, scored)] of each conversation's segments, each tokenised as it stands behind the one before it.
+
+    Where a tokenizer puts a blank before every text (SentencePiece's dummy prefix), a segment is read behind the last
+    character, or the special token, of the one before, whose ids are then taken off again.
+    """
+    texts = [text for some in conversations for text, _ in some]
+    if _adds_blank(tokenizer):
+        found = _ids_behind(tokenizer, [end for some in conversations for end in _ends_before(tokenizer, some)], texts)
+    else:
+        found = ids_of(tokenizer, texts)
+    ids = iter(found)
+    return [[(next(ids), scored) for _, scored in some] for some in conversations]
+
+
+def _adds_blank(tokenizer: "PreTrainedTokenizerFast") -> bool:
+    both, first, second = ids_of(tokenizer, ["\na", "\n", "a"])
+    return both != first + second
+
+
+def _ends_before(tokenizer: "PreTrainedTokenizerFast", segments: list[Segment]) -> list[str]:
+    """What stands right before each segment: nothing, a special token, or a character."""
+    special = re.compile(f"(?:{markers(tokenizer).pattern})$")
+    before = [text for text, _ in segments[:-1]]
+    return ["", *(found[0] if (found := special.search(text)) else text[-1:] for text in before)]
+
+
+def _ids_behind(tokenizer: "PreTrainedTokenizerFast", ends: list[str], texts: list[str]) -> list[list[int]]:
+    """Ids of texts as they stand behind their ends; alone, where a token would reach over both."""
+    whole = ids_of(tokenizer, [end + text for end, text in zip(ends, texts, strict=True)])
+    different = sorted(set(ends))
+    known = dict(zip(different, ids_of(tokenizer, different), strict=True))
+    fits = [ids[: len(known[end])] == known[end] for ids, end in zip(whole, ends, strict=True)]
+    return [
+        ids[len(known[end]) :] if fit else ids_of(tokenizer, [text])[0]
+        for ids, end, text, fit in zip(whole, ends, texts, fits, strict=True)
+    ]
+
+
 def markers(tokenizer: "PreTrainedTokenizerFast") -> re.Pattern[str]:
     """Finds the name of a special token in a text."""
     specials = [t.content for t in tokenizer.backend_tokenizer.get_added_tokens_decoder().values() if t.special]
@@ -411,9 +452,7 @@ def _tokenise(
             continue
         usable.append(record)
         pieces.append(segments(tokenizer, messages, config.template))
-    ids = iter(ids_of(tokenizer, [segment for some in pieces for segment, _ in some]))
-    for record, some in zip(usable, pieces, strict=True):
-        yield record, [(next(ids), answer) for _, answer in some]
+    yield from zip(usable, ids_of_segments(tokenizer, pieces), strict=True)
 
 
 def require(used: int, at_least: int, split: str, of: int, skipped: dict[str, int]) -> None:

@@ -49,7 +49,7 @@ class Judge:
             behind = chats.answer_text(self.tokens, before, said)
         else:
             behind = answer + str(self.tokens.eos_token)
-        first, last = chats.ids_of(self.tokens, [before, behind])
+        (first, _), (last, _) = chats.ids_of_segments(self.tokens, [[(before, False), (behind, True)]])[0]
         room = int(self.model.config.max_position_embeddings) - len(last)
         if len(first) > room:
             first = chats.shorten(first, room, tokenizers.bos_id(self.tokens)) or []
