@@ -6,26 +6,32 @@ B rows of T tokens. ``labels`` are shifted already and -100 outside the assistan
 part of it.
 """
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from fledge import artifact, distributed
 from fledge.config import Config as BaseConfig
 from fledge.config import Duration, StageConfig, parent, resolve
 from fledge.data import preferences, tokenizer
-from fledge.data.chats import Chats, ChatsConfig, Prompts
-from fledge.data.text import IGNORE
+from fledge.data.chats import Chats, ChatsConfig, Prompts, use_template
+from fledge.data.text import IGNORE, Packed, TextConfig
+from fledge.errors import InputError
 from fledge.evals import generation
+from fledge.evals.reward import Judge
 from fledge.evals.score import Score, bootstrap
 from fledge.evals.validation import validation
-from fledge.models import language
-from fledge.models.language import decay_exempt, document_mask, next_token_loss
+from fledge.models import adapters, language
+from fledge.models.adapters import LoRAConfig
+from fledge.models.language import decay_exempt, document_mask, logits_at, neftune, token_nats
 from fledge.optim import OptimConfig, adamw, decay_groups
-from fledge.stream import Batch, DataStream, Permutation, Rows, derive
+from fledge.stream import Batch, DataStream, Mixed, Permutation, Rows, derive
 from fledge.track import Run, TrackConfig
 from fledge.train import TrainConfig, autocast, fit
 
@@ -35,6 +41,8 @@ WRITES = "chat-model"
 class Parents(BaseConfig):
     model: str | None = parent("causal-lm", "chat-model", required=True)
     """Language model and tokenizer to instruct."""
+    reward: str | None = parent("reward-model", required=False)
+    """Scores answers while training (``eval/reward``) and at the end; it may have another tokenizer."""
 
 
 class Optim(OptimConfig):
@@ -64,6 +72,25 @@ class Evaluation(BaseConfig):
     examples: PositiveInt = 512
     """How many at most."""
     max_new_tokens: PositiveInt = 64
+    prompts: PositiveInt | None = None
+    """How many validation prompts are answered every ``train.eval_every`` steps, for ``eval/reward`` (with
+    ``parents.reward``) and ``eval/exact`` (with ``metric: exact``); null: as many as ``examples``."""
+    temperature: NonNegativeFloat | None = None
+    """Of answers that the reward model scores; null: greedy ones."""
+
+
+class Pretraining(BaseConfig):
+    """Pretraining text among the conversations (Ouyang et al. 2022, appendix C.3: 10 % of it before RLHF)."""
+
+    data: TextConfig
+    share: float = Field(0.1, gt=0, lt=1)
+    """Of the rows of each batch, at least one."""
+    coef: PositiveFloat = 0.1
+    """loss = mean over the batch's answer tokens + coef · mean over its text tokens. The paper says nothing of it."""
+
+    def rows(self, batch: int) -> int:
+        """How many rows of a batch are text."""
+        return min(max(round(self.share * batch), 1), batch - 1)
 
 
 class Config(StageConfig):
@@ -72,10 +99,22 @@ class Config(StageConfig):
     stage: Literal["finetune.sft"] = "finetune.sft"
     parents: Parents = Parents()
     data: ChatsConfig
+    pretraining: Pretraining | None = None
+    """Text that is mixed in; null: none."""
+    lora: LoRAConfig | None = None
+    """Adapters learn, and the rest is frozen; null: all of the model learns."""
+    neftune_alpha: PositiveFloat | None = None
+    """Noise on the embeddings while training; the paper takes 5, 10 or 15. null: none."""
     optim: Optim = Optim()
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
     track: TrackConfig = TrackConfig()
+
+    @model_validator(mode="after")
+    def _something_to_mix(self) -> "Config":
+        if self.pretraining is not None and self.train.batch < 2:
+            raise ValueError("pretraining shares each batch with the conversations; train.batch must be 2 at least")
+        return self
 
 
 # -------------------------------------------------------------------------------------------------------- objective
@@ -86,9 +125,9 @@ class SFT(nn.Module):
 
     weights = {"loss": 1.0}
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, neftune_alpha: float | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.neftune_alpha = model, neftune_alpha
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Tokens of answers."""
@@ -98,17 +137,62 @@ class SFT(nn.Module):
         """Tokens that are not padding."""
         return int(batch["attention_mask"].sum())
 
-    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        return {"loss": next_token_loss(self.logits(batch), batch["labels"])}
+    def constant(self) -> list[nn.Parameter]:
+        """The base that adapters leave as it is."""
+        return adapters.frozen(self)
 
-    def logits(self, batch: Batch) -> Tensor:
-        """(B, T, V). Unpacked rows are one document each, with the padding on the right as another."""
-        document = batch.get("document", batch["attention_mask"])
+    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        return {"loss": self.nats(batch).sum()}
+
+    def nats(self, batch: Batch) -> Tensor:
+        """-log p of each label that counts, row by row, (n,)."""
+        scored = batch["labels"] != IGNORE  # (B, T)
+        return token_nats(logits_at(self.model, scored, **self.inputs(batch)), batch["labels"][scored])
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What the model reads. Unpacked rows are one document each, with the padding on the right as another."""
+        ids, document = batch["input_ids"], batch.get("document", batch["attention_mask"])
         position = batch.get("position", torch.arange(document.shape[1], device=document.device).expand_as(document))
-        mask = document_mask(document, causal=True)
-        return self.model(
-            input_ids=batch["input_ids"], attention_mask=mask, position_ids=position, use_cache=False
-        ).logits
+        read = {"attention_mask": document_mask(document, causal=True), "position_ids": position}
+        if self.neftune_alpha is None or not self.training:
+            return read | {"input_ids": ids}
+        return read | {"inputs_embeds": neftune(self.model.get_input_embeddings()(ids), document, self.neftune_alpha)}
+
+
+class MixedSFT(SFT):
+    """The same, and predict each next token of rows of pretraining text: ``batch["pretraining"]`` (B,), 1 = text."""
+
+    def __init__(self, model: Any, coef: float, neftune_alpha: float | None = None) -> None:
+        super().__init__(model, neftune_alpha)
+        self.weights = {"answers": 1.0, "pretraining": coef}
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Tokens of answers, and of text."""
+        scored = (batch["labels"] != IGNORE).sum(dim=1)  # (B,)
+        text = int((scored * batch["pretraining"]).sum())
+        return {"answers": int(scored.sum()) - text, "pretraining": text}
+
+    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        nats = self.nats(batch)
+        text = batch["pretraining"].repeat_interleave((batch["labels"] != IGNORE).sum(dim=1)).to(nats.dtype)  # (n,)
+        return {"answers": (nats * (1 - text)).sum(), "pretraining": (nats * text).sum()}
+
+
+def mixed(parts: list[tuple[int, Batch]]) -> Batch:
+    """Rows of conversations (part 0) above rows of text (part 1), padded on the right to one width."""
+    width = max(rows["input_ids"].shape[1] for _, rows in parts)
+    joined: dict[str, list[Tensor]] = {}
+    for which, rows in parts:
+        document = rows.get("document", rows.get("attention_mask"))
+        assert document is not None
+        position = rows.get("position", torch.arange(document.shape[1]).expand_as(document))
+        whole = {"input_ids": rows["input_ids"], "document": document, "position": position, "labels": rows["labels"]}
+        for name, tensor in whole.items():
+            fill = IGNORE if name == "labels" else 0
+            joined.setdefault(name, []).append(pad(tensor, (0, width - tensor.shape[1]), value=fill))
+        joined.setdefault("pretraining", []).append(torch.full((len(document),), which))
+    batch = {name: torch.cat(tensors) for name, tensors in joined.items()}
+    return batch | {"attention_mask": (batch["document"] > 0).long()}
 
 
 # ------------------------------------------------------------------------------------------------------------- stage
@@ -127,14 +211,26 @@ def groups_of(records: list[dict]) -> tuple[np.ndarray, str]:
     return np.arange(len(records)), "examples"
 
 
+def answers(model: Any, tokens: Any, prompts: Prompts, ids: list[int], config: Config, temperature=0.0) -> list[str]:
+    """What the model says to the prompts ``ids``."""
+    return generation.answers(
+        model, tokens, prompts, ids, max_new_tokens=config.evaluation.max_new_tokens, temperature=temperature,
+        precision=config.train.precision,
+    )  # fmt: skip
+
+
 def exact_answers(
     model: Any, tokens: Any, prompts: Prompts, ids: list[int], config: Config
 ) -> tuple[Tensor, list[str]]:
     """(N,) 1. where the greedy answer is the wanted one, and the answers."""
-    given = generation.answers(
-        model, tokens, prompts, ids, max_new_tokens=config.evaluation.max_new_tokens, precision=config.train.precision
-    )
+    given = answers(model, tokens, prompts, ids, config)
     return generation.exact(given, [wanted(prompts.records[i]) for i in ids]), given
+
+
+def rewards(model: Any, tokens: Any, prompts: Prompts, ids: list[int], config: Config, judge: Judge) -> Tensor:
+    """(N,) what the reward model says of the answers to the prompts ``ids``."""
+    given = answers(model, tokens, prompts, ids, config, config.evaluation.temperature or 0.0)
+    return judge([prompts.records[i]["prompt"] for i in ids], given)
 
 
 def wanted(record: dict) -> str:
@@ -155,47 +251,121 @@ def answer_nats(model: Any, held_out: Chats, ids: list[int], precision: str) -> 
     return np.array(nats), np.array(tokens)
 
 
+def watching(model: Any, tokens: Any, config: Config, judge: Judge | None) -> Callable[[int], dict[str, float]] | None:
+    """What is measured on validation data while training: losses of answers and text, exact answers, the reward."""
+    if not config.train.eval_every:
+        return None
+
+    def chats() -> tuple[int, Rows]:
+        rows = Chats(config.data, tokens, "validation")
+        return len(rows), rows.rows
+
+    loss = validation(SFT(model), config.train, chats)
+    text_loss = None
+    if (mix := config.pretraining) is not None:
+        text = Packed(mix.data, tokens, "validation", style="causal")
+        text_loss = validation(SFT(model), config.train, lambda: (len(text), text_rows(text)))
+    asks = judge is not None or config.evaluation.metric == "exact"
+    prompts = preferences.prompts(config.data, tokens, "validation") if asks else None
+
+    def measure(step: int) -> dict[str, float]:
+        found = loss(step) if loss is not None else {}
+        if text_loss is not None:
+            found["pretraining"] = text_loss(step)["loss"]
+        return found | (answered(model, tokens, prompts, config, judge) if prompts is not None else {})
+
+    return measure
+
+
+def answered(model: Any, tokens: Any, prompts: Prompts, config: Config, judge: Judge | None) -> dict[str, float]:
+    """Means over validation prompts, of which each rank answers its share."""
+    ids = chosen_examples(len(prompts), config.evaluation.prompts or config.evaluation.examples)
+    mine = ids[distributed.rank() :: distributed.world_size()]
+    sums = {}
+    if config.evaluation.metric == "exact":
+        sums["exact"] = exact_answers(model, tokens, prompts, mine, config)[0].sum() if mine else torch.zeros(())
+    if judge is not None:
+        sums["reward"] = rewards(model, tokens, prompts, mine, config, judge).sum() if mine else torch.zeros(())
+    sums = distributed.all_reduce_sum({name: value.to(distributed.device()) for name, value in sums.items()})
+    return {name: value.item() / len(ids) for name, value in sums.items()}
+
+
+def text_rows(text: Packed) -> Rows:
+    """Rows of pretraining text as the objective reads rows."""
+
+    def rows(ids: list[int], seeds: list[int]) -> Batch:
+        batch = text.rows(ids)
+        return batch | {"attention_mask": (batch["document"] > 0).long()}
+
+    return rows
+
+
+def stream_of(config: Config, train: Chats, text: Packed | None) -> DataStream:
+    """Conversations alone, or with rows of text among them."""
+    if config.pretraining is None or text is None:
+        return DataStream(len(train), train.rows, batch=config.train.batch, seed=config.seed, what="data")
+    n = config.pretraining.rows(config.train.batch)
+    chats = DataStream(len(train), train.rows, batch=config.train.batch - n, seed=config.seed, what="data")
+    others = DataStream(len(text), text.rows, batch=n, seed=derive("text", config.seed), what="pretraining.data")
+    return Mixed([chats, others], mixed)
+
+
 def main(config: Config) -> artifact.Artifact:
     """Train, measure held-out answers, and hand the chat model over."""
     distributed.setup(config.train.device)
     parents = artifact.open_parents(config)
+    if config.train.select is not None and config.train.select.metric == "eval/reward" and "reward" not in parents:
+        raise InputError("train.select.metric is eval/reward, but parents.reward is not set; give a reward-model")
+    mix = config.pretraining
     with Run.open(config, parents) as run:
         tokens = language.read_tokenizer(parents["model"])
-        train = Chats(config.data, tokens, "train", at_least=config.train.batch)
+        use_template(config.data, tokens)
+        train = Chats(
+            config.data, tokens, "train", at_least=config.train.batch - (mix.rows(config.train.batch) if mix else 0)
+        )
         run.say(train.report())
+        text = Packed(mix.data, tokens, "train", style="causal", at_least=mix.rows(config.train.batch)) if mix else None
+        model = language.read(parents["model"])
+        language.check_length(model, config.data.max_length, "data.max_length")
+        if mix is not None:
+            language.check_length(model, mix.data.seq_len, "pretraining.data.seq_len")
+        judge = Judge(parents["reward"], config.train.precision) if "reward" in parents and run.measures else None
         torch.manual_seed(derive("init", config.seed))
-        objective = SFT(language.read(parents["model"]))
-        language.check_length(objective.model, config.data.max_length, "data.max_length")
-        stream = DataStream(len(train), train.rows, batch=config.train.batch, seed=config.seed, what="data")
+        if config.lora is not None:
+            adapters.add(model, config.lora)
+        alpha = config.neftune_alpha
+        objective = SFT(model, alpha) if mix is None else MixedSFT(model, mix.coef, alpha)
+        stream = stream_of(config, train, text)
         steps = resolve(config.train.steps, stream.steps_per_epoch)
         groups = decay_groups(objective, decay_exempt)
         optim = adamw(groups, config.optim, batch=stream.batch, steps=steps, steps_per_epoch=stream.steps_per_epoch)
-
-        def held_out() -> tuple[int, Rows]:
-            rows = Chats(config.data, tokens, "validation")
-            return len(rows), rows.rows
-
-        watch = validation(objective, config.train, held_out)
+        watch = watching(model, tokens, config, judge) if run.measures else None
         fit(objective, stream, optim, config.train, run, steps=steps, seed=config.seed, evaluate=watch)
 
-        model = objective.model.eval()
+        trained = (adapters.merged(model) if config.lora is not None else model).eval()
         scores = []
         if run.measures:
             base = language.read(parents["model"]).to(distributed.device())
-            scores = [evaluate(model, base, tokens, config, run)]
+            scores = evaluate(trained, base, tokens, config, run, judge)
+
+        def save(folder: Path) -> None:
+            language.save(trained, tokens, folder)
+            if config.lora is not None:
+                adapters.save(model, folder / adapters.FOLDER)
+
         return run.publish(
             WRITES,
-            lambda folder: language.save(model, tokens, folder),
+            save,
             scores,
-            architecture={"name": type(model).__name__, "parameters": language.size(model)},
+            architecture={"name": type(trained).__name__, "parameters": language.size(trained)},
             preprocessing={"tokenizer": tokenizer.digest(tokens), "template": config.data.template},
             data={"fingerprint": config.data.fingerprint(), "examples": len(train.records), "skipped": train.skipped},
             step=steps,
         )
 
 
-def evaluate(model: Any, base: Any, tokens: Any, config: Config, run: Run) -> Score:
-    """The figure of the table, and a few answers before and after for the report."""
+def evaluate(model: Any, base: Any, tokens: Any, config: Config, run: Run, judge: Judge | None) -> list[Score]:
+    """The figures of the table, and a few answers before and after for the report."""
     prompts = preferences.prompts(config.data, tokens, config.evaluation.split)
     ids = chosen_examples(len(prompts), config.evaluation.examples)
     shown = ids if config.evaluation.metric == "exact" else ids[:12]
@@ -215,13 +385,28 @@ def evaluate(model: Any, base: Any, tokens: Any, config: Config, run: Run) -> Sc
         ],
         "Greedy answers to held-out prompts",
     )
+    scores = []
     if config.evaluation.metric == "exact":
         clusters, unit = groups_of([prompts.records[i] for i in ids])
         low, high = bootstrap(right, clusters)
-        return Score(
+        scores.append(Score(
             metric="exact answers", after=float(right.mean()), before=float(base_right.mean()), low=low, high=high,
             n=len(np.unique(clusters)), unit=unit, note=f"{len(ids)} prompts, greedy",
-        )  # fmt: skip
+        ))  # fmt: skip
+    else:
+        scores.append(likelihood(model, base, tokens, config))
+    if judge is not None:
+        mine, his = (rewards(one, tokens, prompts, ids, config, judge).numpy() for one in (model, base))
+        low, high = bootstrap(mine)
+        scores.append(Score(
+            metric="reward", after=float(mine.mean()), before=float(his.mean()), low=low, high=high, n=len(ids),
+            unit="prompts",
+        ))  # fmt: skip
+    return scores
+
+
+def likelihood(model: Any, base: Any, tokens: Any, config: Config) -> Score:
+    """Nats per token of held-out answers."""
     held_out = Chats(config.data.model_copy(update={"packing": "none"}), tokens, config.evaluation.split)
     ids = chosen_examples(len(held_out), config.evaluation.examples)
     nats, count = answer_nats(model, held_out, ids, config.train.precision)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,12 +93,12 @@ class DataStream:
     def begin(self, step: int) -> None:
         """Nothing to prepare: data does not look at the model."""
 
-    def ids(self, step: int) -> list[int]:
+    def ids(self, step: int) -> list[Any]:
         epoch, k = divmod(step, self.steps_per_epoch)
         order = Permutation(self.n, "order", self.seed, epoch)
         return [order[i] for i in range(k * self.batch, (k + 1) * self.batch)]
 
-    def fetch(self, ids: Sequence[int], step: int) -> Batch:
+    def fetch(self, ids: Sequence[Any], step: int) -> Batch:
         epoch = step // self.steps_per_epoch
         return self.rows(list(ids), [derive("sample", self.seed, epoch, i) for i in ids])
 
@@ -110,6 +111,35 @@ class DataStream:
 
     def load(self, tensors: dict[str, Tensor], state: dict) -> None:
         """Nothing to restore."""
+
+
+class Mixed(DataStream):
+    """Rows of several streams in each global batch, each one's spread evenly over it. Epochs are those of the first.
+
+    Args:
+        join: one batch out of the parts, [(which stream, its rows)]: those rows, one part behind the other.
+    """
+
+    def __init__(self, streams: Sequence[DataStream], join: Callable[[list[tuple[int, Batch]]], Batch]) -> None:
+        self.streams, self.join = streams, join
+        self.batch = sum(stream.batch for stream in streams)
+        self.steps_per_epoch = streams[0].steps_per_epoch
+
+    def ids(self, step: int) -> list[tuple[int, int]]:
+        """(which stream, its sample) of each row."""
+        places = [
+            ((k + 0.5) / stream.batch, which, i)
+            for which, stream in enumerate(self.streams)
+            for k, i in enumerate(stream.ids(step))
+        ]
+        return [(which, i) for _, which, i in sorted(places)]
+
+    def fetch(self, ids: Sequence[tuple[int, int]], step: int) -> Batch:
+        own = [[i for source, i in ids if source == which] for which in range(len(self.streams))]
+        parts = [(which, self.streams[which].fetch(some, step)) for which, some in enumerate(own) if some]
+        joined = self.join(parts)
+        order = torch.tensor([which for which, _ in ids]).argsort(stable=True)  # joined row r stands at order[r]
+        return {name: tensor[order.argsort()] for name, tensor in joined.items()}
 
 
 def cut(n: int, parts: int) -> list[slice]:

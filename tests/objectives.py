@@ -131,6 +131,22 @@ def sft() -> tuple[nn.Module, dict[str, Tensor]]:
     return SFT(GPT2LMHeadModel(_gpt2())), {"input_ids": batch["input_ids"], "attention_mask": mask, "labels": labels}
 
 
+def sft_mixed() -> tuple[nn.Module, dict[str, Tensor]]:
+    """Adapters that learn from answers and from text, some micro-batches of which hold none."""
+    from transformers import GPT2LMHeadModel
+
+    from finetune.sft import MixedSFT, mixed
+    from fledge.models import adapters
+    from fledge.models.adapters import LoRAConfig
+
+    model = GPT2LMHeadModel(_gpt2())
+    for parameter in adapters.add(model, LoRAConfig(rank=2, dora=True)):
+        nn.init.normal_(parameter, std=0.3)
+    _, chats = sft()
+    batch = mixed([(0, {name: x[:6] for name, x in chats.items()}), (1, _packed(8, rows=2, length=10))])
+    return MixedSFT(model, 0.3), {name: x[torch.tensor([0, 1, 6, 2, 3, 4, 5, 7])] for name, x in batch.items()}
+
+
 def reward() -> tuple[nn.Module, dict[str, Tensor]]:
     from transformers import GPT2ForSequenceClassification
 
@@ -166,7 +182,7 @@ def ppo() -> tuple[nn.Module, dict[str, Tensor]]:
     return objective, batch | {"returns": torch.randn(BATCH, T), "objective/score": torch.randn(BATCH)}
 
 
-BUILDERS = {f.__name__: f for f in (mae, dino, mlm, clm, clip, sft, reward, ppo)}
+BUILDERS = {f.__name__: f for f in (mae, dino, mlm, clm, clip, sft, sft_mixed, reward, ppo)}
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fledge.config import DataConfig, hardware
+from fledge.config import DataConfig, data_path, hardware
 from fledge.data import records, text
 from fledge.data import tokenizer as tokenizers
 from fledge.data.records import Split
@@ -103,6 +103,30 @@ class ChatsConfig(RecordsConfig):
     """The field of the answer."""
     packing: Literal["none", "best_fit"] = "none"
     """none: one example a row. best_fit: several examples a row of max_length, with a document index."""
+    chat_template: str | None = None
+    """A Jinja template in place of the tokenizer's own, which goes into the artifact; null: the tokenizer's."""
+    chat_template_path: str | None = hardware(None)
+    """The same as a file, whose content counts."""
+
+    def fingerprint(self) -> str:
+        own = super().fingerprint()
+        return own if self.chat_template_path is None else records.digest([own, self.own_template()])
+
+    def check(self) -> None:
+        super().check()
+        if self.own_template() is not None and self.template == "plain":
+            raise InputError("data.template is plain, which writes no markers; use chat with a data.chat_template")
+
+    def own_template(self) -> str | None:
+        """The text of the template that is given here."""
+        if self.chat_template_path is None:
+            return self.chat_template
+        if self.chat_template is not None:
+            raise InputError("data.chat_template and data.chat_template_path are both set; give one of them")
+        path = data_path(self.chat_template_path)
+        if not path.is_file():
+            raise InputError(f"data.chat_template_path: {path} is no file; give a Jinja template")
+        return records.read_text(path)
 
 
 _HELD_OUT: dict[str, Split] = {"val": "validation", "valid": "validation", "dev": "validation"}
@@ -206,10 +230,39 @@ def conversations(config: ChatsConfig, split: Split) -> list[dict]:
 
 
 def render(tokenizer: "PreTrainedTokenizerFast", messages: list[Message], *, generation: bool = False) -> str:
-    """The chat template's text; with ``generation`` it ends where the assistant begins to speak."""
+    """The chat template's text; with ``generation`` it ends where the assistant begins to speak.
+
+    Raises:
+        InputError: there is no template, or it cannot write these messages.
+    """
+    from jinja2 import TemplateError
+
     if tokenizer.chat_template is None:
-        raise InputError("this tokenizer has no chat template; use one trained here, or data.template: plain")
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
+        raise InputError(
+            "this tokenizer has no chat template; give one in data.chat_template, or use data.template: plain"
+        )
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
+    except (TemplateError, TypeError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise InputError(f"the chat template fails at messages of the roles {roles}: {error}") from error
+
+
+PROBE = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+
+
+def use_template(config: ChatsConfig, tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Give the tokenizer the template of the config, if there is one, and try whichever it has on a question.
+
+    Raises:
+        InputError: it cannot be trained on.
+    """
+    config.check()
+    own = config.own_template()
+    if own is not None:
+        tokenizer.chat_template = own
+    if config.template == "chat":
+        segments(tokenizer, PROBE)
 
 
 def segments(tokenizer: "PreTrainedTokenizerFast", messages: list[Message], template: str = "chat") -> list[Segment]:
@@ -230,8 +283,8 @@ def segments(tokenizer: "PreTrainedTokenizerFast", messages: list[Message], temp
 
 
 _UNFIT = (
-    "the tokenizer's chat template cannot be trained on: it changes earlier turns when a later one is added, "
-    "or does not close an answer with the end token"
+    "the chat template cannot be trained on: it changes earlier turns when a later one is added, or does not close an "
+    "answer with the tokenizer's end token; give another one in data.chat_template"
 )
 
 
@@ -262,6 +315,47 @@ def prompt_text(tokenizer: "PreTrainedTokenizerFast", messages: list[Message], t
 def ids_of(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[list[int]]:
     """Ids of texts whose special tokens are written out; nothing is added."""
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+def ids_of_segments(
+    tokenizer: "PreTrainedTokenizerFast", conversations: list[list[Segment]]
+) -> list[list[tuple[list[int], bool]]]:
+    """[(ids, scored)] of each conversation's segments, each tokenised as it stands behind the one before it.
+
+    Where a tokenizer puts a blank before every text (SentencePiece's dummy prefix), a segment is read behind the last
+    character, or the special token, of the one before, whose ids are then taken off again.
+    """
+    texts = [text for some in conversations for text, _ in some]
+    if _adds_blank(tokenizer):
+        found = _ids_behind(tokenizer, [end for some in conversations for end in _ends_before(tokenizer, some)], texts)
+    else:
+        found = ids_of(tokenizer, texts)
+    ids = iter(found)
+    return [[(next(ids), scored) for _, scored in some] for some in conversations]
+
+
+def _adds_blank(tokenizer: "PreTrainedTokenizerFast") -> bool:
+    both, first, second = ids_of(tokenizer, ["\na", "\n", "a"])
+    return both != first + second
+
+
+def _ends_before(tokenizer: "PreTrainedTokenizerFast", segments: list[Segment]) -> list[str]:
+    """What stands right before each segment: nothing, a special token, or a character."""
+    special = re.compile(f"(?:{markers(tokenizer).pattern})$")
+    before = [text for text, _ in segments[:-1]]
+    return ["", *(found[0] if (found := special.search(text)) else text[-1:] for text in before)]
+
+
+def _ids_behind(tokenizer: "PreTrainedTokenizerFast", ends: list[str], texts: list[str]) -> list[list[int]]:
+    """Ids of texts as they stand behind their ends; alone, where a token would reach over both."""
+    whole = ids_of(tokenizer, [end + text for end, text in zip(ends, texts, strict=True)])
+    different = sorted(set(ends))
+    known = dict(zip(different, ids_of(tokenizer, different), strict=True))
+    fits = [ids[: len(known[end])] == known[end] for ids, end in zip(whole, ends, strict=True)]
+    return [
+        ids[len(known[end]) :] if fit else ids_of(tokenizer, [text])[0]
+        for ids, end, text, fit in zip(whole, ends, texts, fits, strict=True)
+    ]
 
 
 def markers(tokenizer: "PreTrainedTokenizerFast") -> re.Pattern[str]:
@@ -357,9 +451,7 @@ def _tokenise(
             continue
         usable.append(record)
         pieces.append(segments(tokenizer, messages, config.template))
-    ids = iter(ids_of(tokenizer, [segment for some in pieces for segment, _ in some]))
-    for record, some in zip(usable, pieces, strict=True):
-        yield record, [(next(ids), answer) for _, answer in some]
+    yield from zip(usable, ids_of_segments(tokenizer, pieces), strict=True)
 
 
 def require(used: int, at_least: int, split: str, of: int, skipped: dict[str, int]) -> None:

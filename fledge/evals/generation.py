@@ -9,6 +9,7 @@ from fledge import distributed
 from fledge.data.chats import Prompts
 from fledge.models.language import room
 from fledge.models.sampling import sample
+from fledge.stream import derive
 from fledge.train import autocast
 
 
@@ -19,12 +20,13 @@ def answers(
     ids: Sequence[int],
     *,
     max_new_tokens: int,
+    temperature: float = 0.0,
     precision: str = "fp32",
     batch: int = 128,
 ) -> list[str]:
-    """The model's most probable answer to each of the prompts ``ids``, without special tokens.
+    """The model's answer to each of the prompts ``ids``, without special tokens; at temperature 0 the likeliest one.
 
-    Prompts of similar length are answered together.
+    Prompts of similar length are answered together. What is drawn is the same at every call.
     """
     model.eval()
     order = sorted(range(len(ids)), key=lambda k: len(prompts.ids[ids[k]]))
@@ -38,8 +40,8 @@ def answers(
                 rows["input_ids"],
                 rows["attention_mask"],
                 max_new_tokens=min(max_new_tokens, room(model, rows["input_ids"])),
-                temperature=0.0,
-                seeds=[0] * len(some),
+                temperature=temperature,
+                seeds=[derive("answer", ids[k]) for k in some],
                 eos_id=tokenizer.eos_token_id,
                 pad_id=tokenizer.pad_token_id,
             )

@@ -155,6 +155,41 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
 
+def logits_at(model: Any, where: Tensor, **inputs) -> Tensor:
+    """The logits of some positions alone, (n, V), in their order row by row: the head never sees the others.
+
+    Args:
+        where: (B, T) bool, n of them true.
+        inputs: of the model's forward, whose logits are a function of each position's own hidden state.
+    """
+    chosen = model.get_output_embeddings().register_forward_pre_hook(lambda head, hidden: (hidden[0][where],))
+    try:
+        return model(**inputs, use_cache=False).logits
+    finally:
+        chosen.remove()
+
+
+def token_nats(logits: Tensor, tokens: Tensor) -> Tensor:
+    """-log p of each token, (n,), in fp32 at least. logits (n, V), tokens (n,)."""
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), tokens, reduction="none")
+
+
+def neftune(embeddings: Tensor, document: Tensor, alpha: float) -> Tensor:
+    """Embeddings with uniform noise of at most alpha / sqrt(L · d) (Jain et al. 2023, https://arxiv.org/abs/2310.05914).
+
+    L is the length of the token's own document, so that neither padding nor packing changes the noise of an example;
+    transformers and TRL take the padded width of the micro-batch instead.
+
+    Args:
+        embeddings: (B, T, d).
+        document: (B, T) numbers of the documents of a row; padding is one of its own.
+    """
+    lengths = torch.zeros(len(document), int(document.max()) + 1, device=document.device, dtype=embeddings.dtype)
+    lengths = lengths.scatter_add(1, document, torch.ones_like(document, dtype=embeddings.dtype)).gather(1, document)
+    most = alpha / (lengths * embeddings.shape[-1]).sqrt()  # (B, T)
+    return embeddings + torch.empty_like(embeddings).uniform_(-1, 1) * most[:, :, None]
+
+
 def decay_exempt(name: str, parameter: Tensor) -> bool:
     """Gains and biases are not decayed; embeddings are, as in GPT-2's and BERT's published recipes."""
     return parameter.ndim <= 1 or name.endswith(".bias")
