@@ -20,14 +20,9 @@ from torch import Tensor, nn
 
 from align import judge, rlhf
 from align.rollout import (
-    FunctionScorer,
-    ModelScorer,
     PromptsConfig,
-    Scorer,
     ValueModel,
     answer,
-    calibrated_head,
-    callable_of,
     decode,
     in_pieces,
     read_prompts,
@@ -36,6 +31,7 @@ from align.rollout import (
     trim,
     value_head,
 )
+from align.scorers import FunctionScorer, ModelScorer, Scorer, calibrated_head, callable_of
 from fledge import artifact, distributed
 from fledge.artifact import Artifact
 from fledge.config import Config as BaseConfig
