@@ -391,14 +391,25 @@ def test_a_reward_model_is_read_at_the_last_real_token_and_calibrated():
             # not model(alone): it takes a pad id that the policy said for padding
             raw = model.score(model.transformer(alone).last_hidden_state[0, -1]).item()
             assert r["objective/score"][row].item() == pytest.approx((raw - 0.25) * 3.0, abs=1e-4)
-    head = scorers.calibrated_head(model)
+    from fledge.models import reward_model
+
+    head = reward_model.calibrated_head(model)
     hidden = torch.randn(4, 16)
     torch.testing.assert_close(head(hidden), (model.score(hidden) - 0.25) * 3.0)
 
 
 @pytest.mark.parametrize(
     ("function", "words"),
-    [(lambda r, t: [0.0], "1 scores for 12"), (lambda r, t: [float("nan")] * len(t), "is nan for the response")],
+    [
+        (lambda r, t: [0.0], r"mine:score gave scores of shape \(1,\) for 12 responses"),
+        (lambda r, t: torch.zeros(len(t), 1), r"shape \(12, 1\) for 12"),
+        (lambda r, t: [float("nan")] * len(t), "mine:score is nan for the response"),
+        (lambda r, t: [math.inf] * len(t), "is inf for the response"),
+        (lambda r, t: None, "gave NoneType"),
+        (lambda r, t: ["good"] * len(t), "gave list"),
+        (lambda r, t: 1 / (12 - len(t)), "raised ZeroDivisionError: .* for 12 responses together"),
+        (lambda r, t: [1 / (row["id"] != 1) for row in r], "ZeroDivisionError: division by zero at row"),
+    ],
 )
 def test_a_bad_reward_is_an_error_that_names_it(function, words):
     from fledge.errors import RunError
