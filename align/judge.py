@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from align import rlhf
-from align.rollout import FunctionScorer, Scorer, answer, callable_of, decode, in_pieces, response_logits
+from align.rollout import answer, decode, in_pieces, response_logits
+from align.scorers import FunctionScorer, Scorer, callable_of
 from fledge.data import world
 from fledge.data.chats import Prompts, RecordsConfig
 from fledge.evals.score import Score, bootstrap, paired

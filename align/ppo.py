@@ -12,22 +12,17 @@ B rows, P prompt positions (padded on the left), T response positions (padded on
 import copy
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from align import judge, rlhf
+from align import judge, rlhf, scorers
 from align.rollout import (
-    FunctionScorer,
-    ModelScorer,
     PromptsConfig,
-    Scorer,
     ValueModel,
     answer,
-    calibrated_head,
-    callable_of,
     decode,
     in_pieces,
     read_prompts,
@@ -36,6 +31,7 @@ from align.rollout import (
     trim,
     value_head,
 )
+from align.scorers import Ensemble, Part, Scorer
 from fledge import artifact, distributed
 from fledge.artifact import Artifact
 from fledge.config import Config as BaseConfig
@@ -43,7 +39,7 @@ from fledge.config import Duration, StageConfig, hardware, parent, resolve
 from fledge.data.chats import Prompts
 from fledge.data.records import Split
 from fledge.errors import InputError
-from fledge.models import language
+from fledge.models import language, reward_model
 from fledge.optim import OptimConfig, adamw
 from fledge.stream import Batch, Permutation, cut, derive, rows_of
 from fledge.track import Run, TrackConfig
@@ -55,8 +51,12 @@ WRITES = "chat-model"
 class Parents(BaseConfig):
     policy: str | None = parent("chat-model", required=True)
     """Policy to start from; a frozen copy of it is the reference."""
-    reward: str | None = parent("reward-model", required=False)
-    """Reward model; not needed where ``reward`` names a function."""
+    reward: str | None = parent(*reward_model.KINDS, required=False)
+    """Reward model, or an ensemble of them; not needed where ``reward`` names a function."""
+    reward_2: str | None = parent(*reward_model.KINDS, required=False)
+    """Another one, for ``rewards``."""
+    reward_3: str | None = parent(*reward_model.KINDS, required=False)
+    """A third one."""
 
 
 class Rollout(BaseConfig):
@@ -149,6 +149,10 @@ class Config(StageConfig):
     data: PromptsConfig = PromptsConfig()
     reward: str | None = None
     """``module:function``, called with the prompts' records and the responses; None: the parent reward model."""
+    rewards: list[Part] | None = None
+    """In its place, a weighted sum of functions and parent reward models, each part logged."""
+    ensemble: Ensemble | None = None
+    """How the members of an ensemble make one score; null: their mean."""
     judge: str | None = None
     """``module:function`` of the same form that judges before and after and that PPO never sees; None: the Unicode
     database for the world, else the reward itself."""
@@ -173,6 +177,13 @@ class Config(StageConfig):
             raise ValueError(
                 "train.engine: fsdp2 deals parameters out, and PPO generates with the whole policy on every process; "
                 "use train.engine: ddp"
+            )
+        if self.reward is not None and self.rewards is not None:
+            raise ValueError("reward and rewards are both given; name the function in a part of rewards")
+        labels = [part.label for part in self.rewards or ()]
+        if len(set(labels)) < len(labels):
+            raise ValueError(
+                f"two parts of rewards are called {', '.join(sorted(labels))}; give each a name of its own"
             )
         if self.value.init == "policy" and self.value.head == "reward":
             raise ValueError("value.head is reward, but value.init is policy; use zero or normal")
@@ -316,7 +327,7 @@ class Rollouts:
         objective, mask = self.objective, batch["response_mask"]
         batch["reward_mask"] = rlhf.reward_mask(mask, objective.config.reward_at)
         records = [self.prompts.records[i] for i in self.prompt_ids(iteration)[mine]]
-        scores = self.scorer(records, decode(self.tokenizer, batch), batch)
+        figures = self.scorer.figures(records, decode(self.tokenizer, batch), batch)
         last = responses(batch).gather(1, mask.sum(dim=1, keepdim=True) - 1).squeeze(1)
         eos_id = -1 if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
 
@@ -327,7 +338,7 @@ class Rollouts:
             "old_logprobs": run(lambda piece: objective.logprobs(objective.policy, piece)),
             "ref_logprobs": run(lambda piece: objective.logprobs(self.reference, piece)),
             "old_values": run(objective.values),
-            "objective/score": scores.float(),
+            **{f"objective/{name}": figure.float() for name, figure in figures.items()},
             "objective/ended": (last == eos_id).float(),
             "objective/length": mask.sum(dim=1).float(),
         }
@@ -379,16 +390,6 @@ class Rollouts:
 # ------------------------------------------------------------------------------------------------------------- stage
 
 
-def build_scorer(config: Config, parents: dict[str, Artifact]) -> Scorer:
-    """The reward: a function, or the parent reward model."""
-    if config.reward is not None:
-        return FunctionScorer(callable_of(config.reward, "reward"), config.reward)
-    if "reward" not in parents:
-        raise InputError("align.ppo needs a reward: parents.reward (a reward-model), or reward: module:function")
-    model = language.read(parents["reward"], "AutoModelForSequenceClassification").to(distributed.device())
-    return ModelScorer(model, config.train.precision, config.train.most_rows)
-
-
 def build_value(config: Value, policy: Any, parents: dict[str, Artifact]) -> ValueModel:
     """A model of its own: nothing is shared with the policy."""
     if config.init == "policy":
@@ -396,10 +397,10 @@ def build_value(config: Value, policy: Any, parents: dict[str, Artifact]) -> Val
     elif "reward" not in parents:
         raise InputError("value.init is reward, but there is no parents.reward; use value.init: policy with head: zero")
     else:
-        reward = language.read(parents["reward"], "AutoModelForSequenceClassification")
+        reward = reward_model.read(parents["reward"])[0]  # of an ensemble the first
         trunk = reward.base_model
         if config.head == "reward":
-            return ValueModel(trunk, calibrated_head(reward))
+            return ValueModel(trunk, reward_model.calibrated_head(reward))
     return ValueModel(trunk, value_head(policy.config.hidden_size, config.head))
 
 
@@ -432,15 +433,17 @@ def main(config: Config) -> Artifact:
     """Roll out, improve, judge held-out answers before and after, and hand the policy over."""
     device = distributed.setup(config.train.device)
     parents = artifact.open_parents(config)
-    if config.reward is None and "reward" in parents:
-        artifact.same_tokenizer(parents["policy"], parents["reward"])
+    for role in set(parents) & set(get_args(scorers.Role)):
+        artifact.same_tokenizer(parents["policy"], parents[role])
     with Run.open(config, parents) as run:
         tokens = language.read_tokenizer(parents["policy"])
         policy = language.read(parents["policy"])
         check_length(config, policy, parents["policy"])
         prompts = read_prompts(config.data, tokens, "train")
         run.say(prompts.report())
-        scorer = build_scorer(config, parents)
+        scorer = scorers.build(
+            config.reward, config.rewards, config.ensemble, parents, config.train.precision, config.train.most_rows
+        )
         referee = judge.build(config.judge, config.data, scorer)
         reference = copy.deepcopy(policy).eval().requires_grad_(False).to(device)
         torch.manual_seed(derive("init", config.seed))

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from align import rlhf
 from align.ppo import PPO, Algorithm, Config, Rollout, Rollouts, Train, Value, build_value
-from align.rollout import FunctionScorer, PromptsConfig
+from align.rollout import PromptsConfig
+from align.scorers import FunctionScorer
 from fledge.optim import Optim
 from fledge.stream import cut, rows_of, share
 from fledge.train import update

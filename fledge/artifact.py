@@ -42,6 +42,7 @@ KINDS = {
     "dual-encoder": "pixels with text",
     "chat-model": "prompts and answers",
     "reward-model": "preferences",
+    "reward-ensemble": "preferences",
 }
 VERSIONS = ("fledge", "torch", "timm", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -549,6 +550,10 @@ def _loader(kind: str) -> tuple[str, ...]:
         "causal-lm": ('AutoModelForCausalLM.from_pretrained("FOLDER")', tokenizer),
         "chat-model": ('AutoModelForCausalLM.from_pretrained("FOLDER")', tokenizer),
         "reward-model": ('AutoModelForSequenceClassification.from_pretrained("FOLDER")', tokenizer),
+        "reward-ensemble": (
+            'AutoModelForSequenceClassification.from_pretrained("FOLDER/members/member_1")',
+            'AutoTokenizer.from_pretrained("FOLDER/members/member_1")',
+        ),
         "dual-encoder": ('VisionTextDualEncoderModel.from_pretrained("FOLDER")', tokenizer),
     }[kind]
 

@@ -147,17 +147,48 @@ def sft_mixed() -> tuple[nn.Module, dict[str, Tensor]]:
     return MixedSFT(model, 0.3), {name: x[torch.tensor([0, 1, 6, 2, 3, 4, 5, 7])] for name, x in batch.items()}
 
 
-def reward() -> tuple[nn.Module, dict[str, Tensor]]:
+def _ranked(ranks: list[list[int]]) -> dict[str, Tensor]:
+    """Answers of uneven lengths to BATCH prompts; -1 is no answer."""
+    K = len(ranks[0])
+    rows = _packed(4, rows=BATCH * K)
+    there = torch.tensor(ranks) >= 0
+    mask = (rows["document"] > 0).long().view(BATCH, K, -1) * there[:, :, None]
+    return {
+        "input_ids": rows["input_ids"].view(BATCH, K, -1),
+        "attention_mask": mask,
+        "ranks": torch.tensor(ranks),
+    }
+
+
+def _scoring() -> nn.Module:
     from transformers import GPT2ForSequenceClassification
 
+    return GPT2ForSequenceClassification(_gpt2(num_labels=1, pad_token_id=2))
+
+
+# The pairwise term alone has no gradient at the last bias: centring terms large enough to see it in fp32.
+RANKS = [[0, 1, 2, 3], [1, 0, 0, 2], [2, 1, 0, -1], [0, 1, -1, -1], [0, 0, 0, 1], [1, 0, 2, -1], [0, 0, -1, -1],
+         [3, 2, 1, 0]]  # fmt: skip
+
+
+def reward() -> tuple[nn.Module, dict[str, Tensor]]:
+    """Pairs with margins."""
     from align.reward import RewardModel
 
-    batch = {}
-    for number, name in enumerate(("chosen", "rejected")):
-        rows = _packed(4 + number, length=10 + number)
-        batch |= {f"{name}_ids": rows["input_ids"], f"{name}_mask": (rows["document"] > 0).long()}
-    # The pairwise term alone has no gradient at the last bias: a centring term large enough to see it in fp32.
-    return RewardModel(GPT2ForSequenceClassification(_gpt2(num_labels=1, pad_token_id=2)), 0.5), batch
+    return RewardModel(_scoring(), 0.5), _ranked([[0, 1]] * BATCH) | {"margin": torch.rand(BATCH)}
+
+
+def reward_ranked() -> tuple[nn.Module, dict[str, Tensor]]:
+    """Prompts with two to four answers, ties among them that are learned from."""
+    from align.reward import RewardModel
+
+    return RewardModel(_scoring(), 0.5, tie_threshold=0.4), _ranked(RANKS)
+
+
+def reward_plackett_luce() -> tuple[nn.Module, dict[str, Tensor]]:
+    from align.reward import RewardModel
+
+    return RewardModel(_scoring(), 0.5, "plackett_luce"), _ranked(RANKS)
 
 
 def ppo() -> tuple[nn.Module, dict[str, Tensor]]:
@@ -182,7 +213,12 @@ def ppo() -> tuple[nn.Module, dict[str, Tensor]]:
     return objective, batch | {"returns": torch.randn(BATCH, T), "objective/score": torch.randn(BATCH)}
 
 
+<<<<<<< HEAD
 BUILDERS = {f.__name__: f for f in (mae, dino, mlm, clm, clip, sft, sft_mixed, reward, ppo)}
+=======
+OBJECTIVES = (mae, dino, mlm, clm, clip, sft, reward, reward_ranked, reward_plackett_luce, ppo)
+BUILDERS = {f.__name__: f for f in OBJECTIVES}
+>>>>>>> reward
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -1,28 +1,54 @@
-"""Preferences: a prompt with a chosen and a rejected answer; and prompts alone, for a policy to answer."""
+"""Preferences: a prompt with two answers or more, of which some are better; and prompts alone, to be answered."""
 
+import math
 import re
 from collections import Counter
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fledge.data import chats, records
 from fledge.data import tokenizer as tokenizers
 from fledge.data.chats import ChatsConfig, Message, Prompts, RecordsConfig
 from fledge.data.records import Split
+from fledge.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+ALONE, TIED = "fewer than two answers", "all answers tied"  # reasons of a skip, beside those of chats
+
 
 class PreferencesConfig(RecordsConfig):
-    """``prompt``, ``chosen``, ``rejected`` as texts or messages (TRL's formats), or fields named otherwise."""
+    """Pairs: ``prompt``, ``chosen``, ``rejected`` as texts or messages (TRL's formats). Rankings: ``prompt`` and a list
+    of ``responses`` with their ``ranks`` or ``scores``. Fields may be named otherwise."""
 
     world_part: ClassVar[str] = "preferences"
     chosen: str = "chosen"
     """The field of the better answer."""
     rejected: str = "rejected"
     """The field of the worse answer."""
+    margin: str | None = None
+    """The field of pairs that says by how much reward the better answer should lead; null: none."""
+    responses: str | None = None
+    """The field with a list of answers; null: pairs."""
+    ranks: str | None = None
+    """The field with a list of their ranks: lower is better, equal is a tie."""
+    scores: str | None = None
+    """The field with a list of their scores, in place of ranks: higher is better, equal is a tie."""
+
+    def check(self) -> None:
+        super().check()
+        given = [name for name in ("ranks", "scores") if getattr(self, name) is not None]
+        if len(given) != (self.responses is not None):
+            asked = "data.ranks or data.scores, one of them" if self.responses else "data.responses"
+            raise InputError(f"data: a ranking has responses and ranks, or responses and scores; give {asked}")
+        if self.margin is not None and self.responses is not None:
+            raise InputError("data.margin belongs to pairs, and data.responses to rankings; leave one of them out")
+
+
+# ---- records ---------------------------------------------------------------------------------------------------------
 
 
 def pair(config: PreferencesConfig, record: dict, where: str) -> dict[str, list[Message]]:
@@ -54,25 +80,85 @@ def pairs(config: PreferencesConfig, split: Split) -> list[dict]:
     return [{**record, **pair(config, record, where)} for where, record in chats.read(config, split)]
 
 
+def ranking(config: PreferencesConfig, record: dict, where: str) -> dict[str, Any]:
+    """{prompt, answers, ranks}: K answers as messages and their ranks, 0 the best; a pair has chosen and rejected too.
+
+    Raises:
+        InputError: answers, ranks or scores are not lists of one length, or a number is none.
+    """
+    if config.responses is None:
+        said = pair(config, record, where)
+        margin = {} if config.margin is None else {"margin": _number(record, config.margin, where)}
+        return {**said, "answers": [said["chosen"], said["rejected"]], "ranks": [0, 1], **margin}
+    field = config.ranks or config.scores or ""
+    responses, values = (records.look_up(record, name, where) for name in (config.responses, field))
+    if not isinstance(responses, list) or not isinstance(values, list) or len(responses) != len(values):
+        raise InputError(
+            f"{where}: {config.responses} and {field} should be lists of one length, a number for each answer; found "
+            f"{_length(responses)} and {_length(values)}"
+        )
+    numbers = [_number({field: value}, field, where) for value in values]
+    levels = sorted(set(numbers), reverse=config.ranks is None)
+    return {
+        "prompt": chats.as_messages(chats.prompt_of(config, record, where), "user", where),
+        "answers": [chats.as_messages(response, "assistant", where) for response in responses],
+        "ranks": [levels.index(number) for number in numbers],
+    }
+
+
+def rankings(config: PreferencesConfig, split: Split) -> list[dict]:
+    """The records of a split, each with prompt, answers and ranks; those of pairs with chosen and rejected too."""
+    if config.source == "world":
+        found = pairs(config, split)
+        return [r | {"answers": [r["chosen"], r["rejected"]], "ranks": [0, 1]} for r in found]
+    return [{**record, **ranking(config, record, where)} for where, record in chats.read(config, split)]
+
+
+def _number(record: dict, field: str, where: str) -> float:
+    value = records.look_up(record, field, where)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InputError(f"{where}: {field} should be a finite number, found {str(value)[:40]!r}")
+    return float(value)
+
+
+def _length(value: Any) -> str:
+    return f"{len(value)} of them" if isinstance(value, list) else type(value).__name__
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
 class Preferences:
-    """A split of pairs as rows. ``skipped`` counts what was left out, by reason; ``records`` are the used ones."""
+    """A split of ranked answers as rows, one a prompt. ``skipped`` counts what was left out, by reason.
+
+    ``records`` are the used ones; of each ``prompts`` (ids), ``answers`` (K lists of ids) and ``ranks`` (K).
+
+    Args:
+        ties: answers that are tied say something too; without, prompts whose answers are all tied are left out.
+    """
 
     def __init__(
-        self, config: PreferencesConfig, tokenizer: "PreTrainedTokenizerFast", split: Split, *, at_least: int = 1
+        self,
+        config: PreferencesConfig,
+        tokenizer: "PreTrainedTokenizerFast",
+        split: Split,
+        *,
+        at_least: int = 1,
+        ties: bool = False,
     ) -> None:
         self.config, self.split, self.pad_id = config, split, tokenizers.pad_id(tokenizer)
-        found = pairs(config, split)
+        found = rankings(config, split)
         skipped, self.truncated = Counter[str](), 0
         pattern = chats.markers(tokenizer)
-        usable = [record for record in found if not (reason := _unusable(pattern, record)) or _count(skipped, reason)]
+        usable = [r for r in found if not (reason := _unusable(pattern, r, ties)) or _count(skipped, reason)]
         texts = [text for record in usable for text in _texts(config, tokenizer, record)]
         ids = iter(chats.ids_of(tokenizer, texts))
         self.records: list[dict] = []
-        self.chosen: list[list[int]] = []
-        self.rejected: list[list[int]] = []
+        self.prompts: list[list[int]] = []
+        self.answers: list[list[list[int]]] = []
         for record in usable:
-            prompt, chosen, rejected = next(ids), next(ids), next(ids)
-            room = config.max_length - max(len(chosen), len(rejected))  # one cut for both: they share their prompt
+            prompt, answers = next(ids), [next(ids) for _ in record["answers"]]
+            room = config.max_length - max(map(len, answers))  # one cut for all: they share their prompt
             if len(prompt) > room:
                 cut = (
                     chats.shorten(prompt, room, tokenizers.bos_id(tokenizer)) if config.overlong == "truncate" else None
@@ -83,8 +169,9 @@ class Preferences:
                 prompt = cut
                 self.truncated += 1
             self.records.append(record)
-            self.chosen.append(prompt + chosen)
-            self.rejected.append(prompt + rejected)
+            self.prompts.append(prompt)
+            self.answers.append(answers)
+        self.ranks: list[list[int]] = [record["ranks"] for record in self.records]
         self.skipped = dict(skipped)
         chats.require(len(self.records), at_least, split, len(found), self.skipped)
 
@@ -92,18 +179,22 @@ class Preferences:
         return len(self.records)
 
     def rows(self, ids: list[int], seeds: list[int] | None = None) -> dict[str, Tensor]:
-        """chosen_ids, chosen_mask (B, Tc), rejected_ids, rejected_mask (B, Tr), int64.
+        """input_ids, attention_mask (B, K, T) and ranks (B, K), int64; margin (B,) where the config names a field.
 
-        Right-padded; mask 1 = real, through the end token, which closes every answer.
+        Right-padded; mask 1 = real, through the end token, which closes every answer. Where a prompt has fewer answers
+        than another, its last rows are padding throughout, of rank -1. Rank 0 is the best, equal ranks are a tie.
         """
-        chosen, chosen_mask = chats.pad([self.chosen[i] for i in ids], self.pad_id, "right")
-        rejected, rejected_mask = chats.pad([self.rejected[i] for i in ids], self.pad_id, "right")
-        return {
-            "chosen_ids": chosen,
-            "chosen_mask": chosen_mask,
-            "rejected_ids": rejected,
-            "rejected_mask": rejected_mask,
-        }
+        K = max(len(self.answers[i]) for i in ids)
+        sequences, ranks = [], torch.full((len(ids), K), -1)
+        for row, i in enumerate(ids):
+            ranks[row, : len(self.ranks[i])] = torch.tensor(self.ranks[i])
+            sequences += [self.prompts[i] + answer for answer in self.answers[i]]
+            sequences += [[]] * (K - len(self.answers[i]))
+        tokens, mask = (x.view(len(ids), K, -1) for x in chats.pad(sequences, self.pad_id, "right"))
+        batch = {"input_ids": tokens, "attention_mask": mask, "ranks": ranks}
+        if self.config.margin is not None:
+            batch["margin"] = torch.tensor([self.records[i]["margin"] for i in ids])
+        return batch
 
     def report(self) -> str:
         return chats.report(len(self), self.skipped, self.truncated)
@@ -114,28 +205,42 @@ def _count(skipped: Counter[str], reason: str) -> bool:
     return False
 
 
-def _unusable(pattern: re.Pattern[str], record: dict) -> str | None:
-    """Why a pair teaches nothing, or None."""
-    answers = [record["chosen"], record["rejected"]]
+def _unusable(pattern: re.Pattern[str], record: dict, ties: bool) -> str | None:
+    """Why a record teaches nothing, or None."""
+    answers, ranks = record["answers"], record["ranks"]
     if any(not messages or messages[-1]["role"] != "assistant" for messages in answers):
         return chats.NOTHING
     if any(not message["content"].strip() for messages in answers for message in messages):
         return chats.EMPTY
-    if answers[0] == answers[1]:
+    if len(answers) < 2:
+        return ALONE
+    both = [(i, j) for i in range(len(answers)) for j in range(i) if ranks[i] != ranks[j]]
+    if any(answers[i] == answers[j] for i, j in both):
         return chats.EQUAL
-    if chats.marked(pattern, [*record["prompt"], *answers[0], *answers[1]]):
+    if not both and not ties:
+        return TIED
+    if chats.marked(pattern, [*record["prompt"], *(message for messages in answers for message in messages)]):
         return chats.MARKED
     return None
 
 
 def _texts(config: PreferencesConfig, tokenizer: "PreTrainedTokenizerFast", record: dict) -> list[str]:
-    """[prompt, chosen answer, rejected answer] with their special tokens written out."""
+    """[prompt, answer, answer, …] with their special tokens written out."""
     prompt = chats.prompt_text(tokenizer, record["prompt"], config.template)
-    if config.template == "chat":
-        turns = ([*record["prompt"], *record[side]] for side in ("chosen", "rejected"))
-        return [prompt, *(chats.answer_text(tokenizer, prompt, messages) for messages in turns)]
-    plain = (chats.segments(tokenizer, record[side], "plain")[1:] for side in ("chosen", "rejected"))  # without bos
-    return [prompt, *("".join(text for text, _ in pieces) for pieces in plain)]
+    asked = record["prompt"]
+    return [prompt, *(answer_text(tokenizer, prompt, asked, said, config.template) for said in record["answers"])]
+
+
+def answer_text(
+    tokenizer: "PreTrainedTokenizerFast", prompt: str, asked: list[Message], said: list[Message], template: str
+) -> str:
+    """What follows the rendered ``prompt`` of the messages ``asked`` where ``said`` is answered, with its end token."""
+    if template == "chat":
+        return chats.answer_text(tokenizer, prompt, [*asked, *said])
+    return "".join(text for text, _ in chats.segments(tokenizer, said, "plain")[1:])  # without bos
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
 def prompts(
@@ -146,7 +251,7 @@ def prompts(
     ``max_length`` of the config is the most tokens of the prompt alone.
     """
     if isinstance(config, PreferencesConfig):
-        found = pairs(config, split)
+        found = rankings(config, split)
     else:
         found = [{**r, "prompt": _before_answer(r["messages"])} for r in chats.conversations(config, split)]
     return Prompts(

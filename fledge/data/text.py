@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 IGNORE = -100  # label of a position that is not scored
 FORMAT = 1  # of the shards
 SHARD = 1 << 26  # tokens of a shard at most, but for a single longer document
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
+SUFFIXES = (".txt", *records.RECORD_SUFFIXES)
 Packing = Literal["concat", "best_fit"]
 
 
@@ -51,7 +51,7 @@ class TextConfig(DataConfig):
     kinds: list[Literal["statements", "prose"]] = Field(default=["statements", "prose"], min_length=1)
     """The world's documents that are read: statements about characters, prose from Python's documentation."""
     path: str | None = hardware(None)
-    """A .txt or .jsonl file, or a folder of them."""
+    """A .txt, .jsonl or .parquet file, or a folder of them."""
     validation_path: str | None = hardware(None)
     """Held-out text of its own; without it, a share of the documents of ``path``."""
     test_path: str | None = hardware(None)
@@ -59,7 +59,7 @@ class TextConfig(DataConfig):
     split_on: Literal["blank", "line", "file"] = "blank"
     """What divides a .txt file into documents: blank lines, every line end, or nothing."""
     field: str = "text"
-    """The field of a .jsonl record that holds the document."""
+    """The field of a .jsonl or .parquet record that holds the document."""
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Share of documents held out, by a hash of the document."""
     test_fraction: float = Field(default=0.05, ge=0, lt=1)
@@ -78,7 +78,7 @@ class TextConfig(DataConfig):
 
     def check(self) -> None:
         if self.source == "files" and self.path is None:
-            raise InputError("data.source is files, but data.path is not set; give a .txt or .jsonl file or a folder")
+            raise InputError("data.source is files, but data.path is not set; give such a file or a folder")
         if self.source == "world" and self.path is not None:
             raise InputError(f"data.path is {self.path}, but data.source is world; set data.source: files to read it")
         if self.validation_fraction + self.test_fraction >= 1:

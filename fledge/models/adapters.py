@@ -8,7 +8,7 @@ which of them takes part, and with none the model is the base, bit for bit.
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,16 +128,23 @@ def merged(model: Any, name: str = "default") -> Any:
     return plain.requires_grad_(True)
 
 
-def save(model: Any, folder: Path, name: str = "default") -> None:
-    """One adapter in peft's own form: ``PeftModel.from_pretrained(base, folder)`` reads it."""
+def save(model: Any, folder: Path, name: str = "default", heads: Sequence[str] = ()) -> None:
+    """One adapter in peft's own form: ``PeftModel.from_pretrained(base, folder)`` reads it.
+
+    Args:
+        heads: modules that learned as a whole and go with it, such as a reward model's score.
+    """
     from peft.utils.save_and_load import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=name)
+    for head in heads:
+        tensors |= {f"{head}.{key}": tensor for key, tensor in model.get_submodule(head).state_dict().items()}
     prefixed = {f"base_model.model.{key}": tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     save_file(prefixed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = copy.copy(model.peft_config[name])
+    config.modules_to_save = list(heads) or None
     config.inference_mode, config.base_model_name_or_path = True, None  # the base may be anywhere
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)  # a set is written in another order each time

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from align import ppo, rollout
+from align import ppo, rollout, scorers
 
 V, EOS, PAD = 11, 2, 0
 
@@ -83,7 +83,7 @@ def build(settings, policy=None, tokenizer=None, prompts=None, dtype=torch.float
     torch.manual_seed(7)
     nn.init.normal_(value.head.weight, std=0.3)
     objective = ppo.PPO(policy, value.to(dtype), settings.ppo, settings.rollout.temperature)
-    scorer = scorer or rollout.FunctionScorer(reward, "reward")
+    scorer = scorer or scorers.FunctionScorer(reward, "reward")
     return ppo.Rollouts(objective, reference, Prompts(prompts or PROMPTS), scorer, tokenizer or Words(), settings)
 
 
@@ -382,7 +382,7 @@ def test_a_reward_model_is_read_at_the_last_real_token_and_calibrated():
         GPT2Config(vocab_size=V, num_labels=1, pad_token_id=PAD, bos_token_id=None, eos_token_id=None, **sizes)
     ).eval()
     model.config.reward_offset, model.config.reward_scale = 0.25, 3.0
-    scorer = rollout.ModelScorer(model, "fp32", 5)
+    scorer = scorers.ModelScorer(model, "fp32", 5)
     for tokenizer in (Words(), Words(pad_token_id=EOS)):
         stream = build(config(), tokenizer=tokenizer, scorer=scorer)
         r = roll(stream)
@@ -391,29 +391,40 @@ def test_a_reward_model_is_read_at_the_last_real_token_and_calibrated():
             # not model(alone): it takes a pad id that the policy said for padding
             raw = model.score(model.transformer(alone).last_hidden_state[0, -1]).item()
             assert r["objective/score"][row].item() == pytest.approx((raw - 0.25) * 3.0, abs=1e-4)
-    head = rollout.calibrated_head(model)
+    from fledge.models import reward_model
+
+    head = reward_model.calibrated_head(model)
     hidden = torch.randn(4, 16)
     torch.testing.assert_close(head(hidden), (model.score(hidden) - 0.25) * 3.0)
 
 
 @pytest.mark.parametrize(
     ("function", "words"),
-    [(lambda r, t: [0.0], "1 scores for 12"), (lambda r, t: [float("nan")] * len(t), "is nan for the response")],
+    [
+        (lambda r, t: [0.0], r"mine:score gave scores of shape \(1,\) for 12 responses"),
+        (lambda r, t: torch.zeros(len(t), 1), r"shape \(12, 1\) for 12"),
+        (lambda r, t: [float("nan")] * len(t), "mine:score is nan for the response"),
+        (lambda r, t: [math.inf] * len(t), "is inf for the response"),
+        (lambda r, t: None, "gave NoneType"),
+        (lambda r, t: ["good"] * len(t), "gave list"),
+        (lambda r, t: 1 / (12 - len(t)), "raised ZeroDivisionError: .* for 12 responses together"),
+        (lambda r, t: [1 / (row["id"] != 1) for row in r], "ZeroDivisionError: division by zero at row"),
+    ],
 )
 def test_a_bad_reward_is_an_error_that_names_it(function, words):
     from fledge.errors import RunError
 
     with pytest.raises(RunError, match=words):
-        build(config(), scorer=rollout.FunctionScorer(function, "mine:score")).begin(0)
+        build(config(), scorer=scorers.FunctionScorer(function, "mine:score")).begin(0)
 
 
 def test_a_reward_is_found_by_name():
     from fledge.errors import InputError
 
-    assert rollout.callable_of("math:sqrt", "reward") is math.sqrt
+    assert scorers.callable_of("math:sqrt", "reward") is math.sqrt
     for name in ("math", "math:no_such", "no_such_module_x:f", ":f", "math:pi"):
         with pytest.raises(InputError, match="reward"):
-            rollout.callable_of(name, "reward")
+            scorers.callable_of(name, "reward")
 
 
 def test_value_heads_of_the_references():
@@ -466,7 +477,7 @@ def optimise(seed, beta=0.5, iterations=120, symbols=4, T=3, lr=3e-3):
         objective,
         copy.deepcopy(policy),
         Prompts(prompts),
-        rollout.FunctionScorer(look_up, "table"),
+        scorers.FunctionScorer(look_up, "table"),
         Words(eos_token_id=None),
         settings,
     )

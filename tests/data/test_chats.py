@@ -247,20 +247,21 @@ def test_pairs_share_their_prompt_and_end_with_eos(tokenizer, write):
         (turns("hi", "a"), turns("hi", "b")),
     ]
     for n, pair in enumerate(expected):
-        for side, messages in zip(("chosen", "rejected"), pair, strict=True):
-            real = batch[f"{side}_mask"][n].bool()
+        for k, messages in enumerate(pair):
+            real, said = batch["attention_mask"][n, k].bool(), batch["input_ids"][n, k]
             whole = tokenizer.apply_chat_template(messages)["input_ids"]
-            assert batch[f"{side}_ids"][n][real].tolist() == whole and whole[-1] == tokenizer.eos_token_id
+            assert said[real].tolist() == whole and whole[-1] == tokenizer.eos_token_id
             assert real.tolist() == [True] * len(whole) + [False] * (len(real) - len(whole))
-            assert (batch[f"{side}_ids"][n][~real] == tokenizer.pad_token_id).all()
+            assert (said[~real] == tokenizer.pad_token_id).all()
+    assert batch["ranks"].tolist() == [[0, 1]] * 3
     assert data.records[1]["prompt"] == turns("hi", "ho", "two?")
 
 
 def test_plain_pairs(tokenizer, write):
     config = PreferencesConfig(**write([{"prompt": "two ", "chosen": "four", "rejected": "six"}]), template="plain")
     data = Preferences(config, tokenizer, "train")
-    assert data.chosen[0] == ids(tokenizer, "[BOS]two ") + ids(tokenizer, "four[EOS]")
-    assert data.rejected[0] == ids(tokenizer, "[BOS]two ") + ids(tokenizer, "six[EOS]")
+    assert data.prompts[0] == ids(tokenizer, "[BOS]two ")
+    assert data.answers[0] == [ids(tokenizer, "four[EOS]"), ids(tokenizer, "six[EOS]")]
 
 
 def test_useless_pairs_are_counted(tokenizer, write):
@@ -279,7 +280,7 @@ def test_useless_pairs_are_counted(tokenizer, write):
     assert data.skipped == {chats.EQUAL: 1, chats.EMPTY: 2, chats.MARKED: 1, chats.LONG: 2}
     cut = Preferences(config.model_copy(update={"overlong": "truncate"}), tokenizer, "train")
     assert len(cut) == 2 and cut.truncated == 1 and cut.skipped[chats.LONG] == 1
-    assert len(cut.chosen[1]) <= 30 and cut.chosen[1][:-2] == cut.rejected[1][:-2]
+    assert len(cut.prompts[1]) == 30 - max(map(len, cut.answers[1]))
 
 
 def test_parquet_with_other_names(tokenizer, tmp_path):
@@ -292,7 +293,7 @@ def test_parquet_with_other_names(tokenizer, tmp_path):
         validation_fraction=0.0, test_fraction=0.0,
     )  # fmt: skip
     data = Preferences(config, tokenizer, "train")
-    assert tokenizer.decode(data.chosen[2]) == "[BOS]<|user|>2?<|assistant|> Yes[EOS]"
+    assert tokenizer.decode(data.prompts[2] + data.answers[2][0]) == "[BOS]<|user|>2?<|assistant|> Yes[EOS]"
     (tmp_path / "p.parquet").write_bytes(b"nonsense")
     with pytest.raises(InputError, match=r"p\.parquet"):
         Preferences(config, tokenizer, "train")
