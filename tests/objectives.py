@@ -213,12 +213,8 @@ def ppo() -> tuple[nn.Module, dict[str, Tensor]]:
     return objective, batch | {"returns": torch.randn(BATCH, T), "objective/score": torch.randn(BATCH)}
 
 
-<<<<<<< HEAD
-BUILDERS = {f.__name__: f for f in (mae, dino, mlm, clm, clip, sft, sft_mixed, reward, ppo)}
-=======
-OBJECTIVES = (mae, dino, mlm, clm, clip, sft, reward, reward_ranked, reward_plackett_luce, ppo)
+OBJECTIVES = (mae, dino, mlm, clm, clip, sft, sft_mixed, reward, reward_ranked, reward_plackett_luce, ppo)
 BUILDERS = {f.__name__: f for f in OBJECTIVES}
->>>>>>> reward
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, dict[str, Tensor]]:
