@@ -89,6 +89,11 @@ def parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]:
     return [p for where, p in model.named_parameters() if f".{name}." in where and "lora_" in where]
 
 
+def frozen(module: nn.Module) -> list[nn.Parameter]:
+    """What the adapters inside leave as it is; the `constant()` of an objective that learns nothing but adapters."""
+    return [parameter for parameter in module.parameters() if not parameter.requires_grad]
+
+
 @contextlib.contextmanager
 def using(model: nn.Module, name: str | None) -> Iterator[None]:
     """In here ``model`` computes with one adapter, or as its base (None). What is trainable stays as it is.
@@ -141,4 +146,6 @@ def save(model: Any, folder: Path, name: str = "default", heads: Sequence[str] =
     config = copy.copy(model.peft_config[name])
     config.modules_to_save = list(heads) or None
     config.inference_mode, config.base_model_name_or_path = True, None  # the base may be anywhere
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)  # a set is written in another order each time
     config.save_pretrained(folder)
