@@ -357,6 +357,35 @@ def test_an_ensemble_is_a_folder_of_ordinary_reward_models(home, trained):
         ensemble.main(config.model_copy(update={"parents": ensemble.Parents(**twice), "name": "twice"}))
 
 
+def test_generate_scores_answers(home, trained, tokens, capsys):
+    """Calibrated and raw, sorted; of an ensemble the mean and the deviation; each by the plain loader's forward."""
+    from transformers import AutoModelForSequenceClassification
+
+    from fledge import cli
+
+    answers = ["be", "aa", "zeta"]
+    asked = [{"role": "user", "content": "alpha beta?"}]
+    texts = [tokens.apply_chat_template([*asked, {"role": "assistant", "content": a}])["input_ids"] for a in answers]
+    plain = [AutoModelForSequenceClassification.from_pretrained(member.path).eval() for member in trained]
+    raw = [raw_of(model, texts) for model in plain]
+    ours = torch.stack([reward_model.calibrated(m, x) for m, x in zip(plain, raw, strict=True)])
+    command = ["alpha beta?", *(part for answer in answers for part in ("--answer", answer))]
+    for folder, score, beside in (
+        (trained[0].path, ours[0], raw[0]),
+        (home / "runs/both", ours.mean(0), ours.std(0, correction=0)),
+    ):
+        assert cli.main(["generate", str(folder), *command]) == 0
+        _, *lines = capsys.readouterr().out.strip().splitlines()
+        expected = sorted(zip(score.tolist(), beside.tolist(), answers, strict=True), reverse=True)
+        for line, (mean, other, answer) in zip(lines, expected, strict=True):
+            found = line.split()
+            assert found[2] == answer and [float(x) for x in found[:2]] == pytest.approx([mean, other], abs=6e-4)
+    assert cli.main(["generate", str(trained[0].path), "alpha?"]) == 2
+    assert "give --answer" in capsys.readouterr().err
+    assert cli.main(["generate", str(home / "chat"), "alpha?", "--answer", "a"]) == 2
+    assert "scores no answers" in capsys.readouterr().err
+
+
 def fixed(**scores):
     return [scorers.FunctionScorer(lambda records, texts, x=x: x, name) for name, x in scores.items()]
 
