@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fledge import distributed
 from fledge.data.preferences import Preferences
-from fledge.evals import preference
+from fledge.evals import ranking
 from fledge.evals.score import Score, bootstrap
 from fledge.models import reward_model
 from fledge.stream import Permutation
@@ -75,7 +75,7 @@ def probability(gap: Any, tie_threshold: float | None) -> np.ndarray:
 
 def accuracy(asked: Sample, given: Tensor, before: Tensor | None) -> Score:
     """Held-out pairs of which the better answer has the higher reward, half of them being chance. (N, K), (N, K)"""
-    pairs = preference.decided(asked.ranks())
+    pairs = ranking.decided(asked.ranks())
     right, longer = pairs.difference(given) > 0, pairs.difference(asked.lengths())
     records = asked.records
     known = all("codepoint" in record for record in records)
@@ -99,7 +99,7 @@ def accuracy(asked: Sample, given: Tensor, before: Tensor | None) -> Score:
 
 def figures(asked: Sample, given: Tensor, likely: np.ndarray) -> dict[str, Any]:
     """Calibration, margins, length and ties; ``likely`` (P,) as ``probability`` gives it."""
-    return preference.figures(given, asked.ranks(), asked.lengths(), likely, asked.margins())
+    return ranking.figures(given, asked.ranks(), asked.lengths(), likely, asked.margins())
 
 
 def table(asked: Sample, given: Tensor, limit: int = 12) -> list[dict[str, str]]:

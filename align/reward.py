@@ -22,7 +22,7 @@ from fledge.config import Duration, StageConfig, parent, resolve
 from fledge.data import tokenizer
 from fledge.data.preferences import Preferences, PreferencesConfig
 from fledge.errors import InputError
-from fledge.evals.preference import decided
+from fledge.evals.ranking import decided
 from fledge.evals.score import Score
 from fledge.evals.validation import validation
 from fledge.models import adapters, language, reward_model
@@ -171,6 +171,10 @@ class RewardModel(nn.Module):
     def tokens(self, batch: Batch) -> int:
         """Tokens that are not padding."""
         return int(batch["attention_mask"].sum())
+
+    def constant(self) -> list[nn.Parameter]:
+        """The base that adapters leave as it is."""
+        return adapters.frozen(self)
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         given, ranks = reward_model.of_answers(self.model, batch), batch["ranks"]  # (B, K), (B, K)

@@ -82,9 +82,12 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="where data and parents lie now, the device")
     export.set_defaults(work=_export)
 
-    generate = commands.add_parser("generate", help="text from a language artifact")
+    generate = commands.add_parser("generate", help="text from a language artifact, or scores of answers")
     generate.add_argument("dir", metavar="DIR", help="an artifact's folder, or its run's")
     generate.add_argument("prompt", help="what to continue or answer; for a text encoder, text with [MASK] in it")
+    generate.add_argument(
+        "--answer", action="append", default=[], metavar="TEXT", help="an answer that a reward model scores; repeatable"
+    )
     generate.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
     generate.add_argument("--temperature", type=float, default=0.8, metavar="T")
     generate.add_argument("--top-k", type=_positive, metavar="K", help="sample among the K most probable tokens only")
@@ -173,6 +176,7 @@ def _generate(args: argparse.Namespace) -> None:
             temperature=0.0 if args.greedy else args.temperature,
             top_k=args.top_k,
             seed=args.seed,
+            answers=args.answer,
         )
     )
 

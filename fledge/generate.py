@@ -1,6 +1,8 @@
-"""Text from a language artifact: a causal one continues, a chat model answers, a text encoder fills in its masks."""
+"""Text from a language artifact: a causal one continues, a chat model answers, a text encoder fills in its masks, a
+reward model scores answers."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from fledge.artifact import Artifact
 from fledge.errors import InputError
 
 CAUSAL = ("causal-lm", "chat-model")
+REWARDS = ("reward-model", "reward-ensemble")
 MASK = re.compile(r"\[MASK\]|<mask>")
 GUESSES = 5
 
@@ -21,21 +24,28 @@ def generate(
     temperature: float = 0.8,
     top_k: int | None = None,
     seed: int = 0,
+    answers: Sequence[str] = (),
 ) -> str:
     """What a language artifact makes of `prompt`, a function of its arguments alone.
 
     Args:
         temperature: 0 takes the most probable token.
         top_k: sample among the k most probable tokens; None: among all.
+        answers: what a reward model scores.
     """
     if temperature < 0:
         raise InputError(f"--temperature {temperature}: expected 0 (greedy) or more")
     opened = artifact.open(path)
+    if opened.kind in REWARDS:
+        return score(opened, prompt, answers)
+    if answers:
+        raise InputError(f"--answer: {path} is a {opened.kind}, which scores no answers; give a {' or '.join(REWARDS)}")
     if opened.kind == "text-encoder":
         return fill(opened, prompt)
     if opened.kind not in CAUSAL:
         raise InputError(
-            f"{path} is a {opened.kind}, which writes no text; expected a {', '.join(CAUSAL)} or text-encoder"
+            f"{path} is a {opened.kind}, which writes no text; expected a {', '.join(CAUSAL)}, "
+            f"text-encoder or {' or '.join(REWARDS)}"
         )
     return continue_(opened, prompt, max_new_tokens, temperature, top_k, seed)
 
@@ -114,3 +124,33 @@ def fill(opened: Artifact, prompt: str) -> str:
         guesses = [f"{word} {p:.2f}" for word, p in zip(words, best.values.tolist(), strict=True)]
         lines.append(f"  [MASK] {len(lines) + 1}: " + ", ".join(guesses))
     return "\n".join([tokens.decode(ids.tolist(), skip_special_tokens=True), *lines])
+
+
+def score(opened: Artifact, prompt: str, answers: Sequence[str]) -> str:
+    """A table of the answers, the best first: calibrated and raw rewards, or an ensemble's mean and disagreement."""
+    import torch
+
+    from fledge.data import chats, preferences
+    from fledge.models import reward_model
+
+    if not answers or not all(answer.strip() for answer in answers):
+        raise InputError(f"{opened.path} is a {opened.kind}: it scores answers; give --answer TEXT, once for each")
+    tokens, models = reward_model.read_tokenizer(opened), reward_model.read(opened)
+    template, asked = opened.preprocessing["template"], [{"role": "user", "content": prompt}]
+    before = chats.prompt_text(tokens, asked, template)
+    said = [[{"role": "assistant", "content": answer}] for answer in answers]
+    texts = [before, *(preferences.answer_text(tokens, before, asked, one, template) for one in said)]
+    first, *ids = chats.ids_of(tokens, texts)
+    room_for(models[0], len(first) + max(map(len, ids)), opened)
+    rows = chats.pad([first + answer for answer in ids], tokens.pad_token_id, "right")
+    with torch.no_grad():
+        raw = torch.stack([reward_model.raw_rewards(model.eval(), *rows) for model in models])  # (M, N)
+    calibrated = torch.stack([reward_model.calibrated(m, x) for m, x in zip(models, raw, strict=True)])
+    spread, mean = torch.std_mean(calibrated, dim=0, correction=0)
+    names, beside = ("reward", "raw"), raw[0]
+    if opened.kind == "reward-ensemble":
+        names, beside = ("reward", "disagreement"), spread
+    lines = [f"{names[0]:>8}  {names[1]:>12}  answer"]
+    for i in mean.argsort(descending=True, stable=True).tolist():
+        lines.append(f"{mean[i].item():8.3f}  {beside[i].item():12.3f}  {answers[i]}")
+    return "\n".join(lines)

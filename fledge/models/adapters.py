@@ -54,6 +54,7 @@ def add(model: Any, config: LoRAConfig, name: str = "default") -> list[nn.Parame
         lora_dropout=config.dropout,
         target_modules=config.targets or "all-linear",
         use_dora=config.dora,
+        task_type="SEQ_CLS" if hasattr(model, "score") else None,  # or peft takes the head for a layer
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),  # GPT-2's layers
     )
     others = [parameter for other in names(model) for parameter in parameters(model, other)]

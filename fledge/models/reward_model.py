@@ -62,7 +62,18 @@ def calibrated_head(model: Any) -> nn.Linear:
     return head
 
 
+def members(artifact: Artifact) -> list[Artifact]:
+    """The reward models that stand in an artifact: itself, or an ensemble's members in the order of their names."""
+    if artifact.kind != "reward-ensemble":
+        return [artifact]
+    return [replace(artifact, path=folder) for folder in sorted((artifact.path / MEMBERS).iterdir())]
+
+
 def read(artifact: Artifact) -> list[Any]:
-    """The reward models of an artifact: one, or an ensemble's members in the order of their names."""
-    folders = sorted((artifact.path / MEMBERS).iterdir()) if artifact.kind == "reward-ensemble" else [artifact.path]
-    return [language.read(replace(artifact, path=f), "AutoModelForSequenceClassification") for f in folders]
+    """The models of ``members``."""
+    return [language.read(member, "AutoModelForSequenceClassification") for member in members(artifact)]
+
+
+def read_tokenizer(artifact: Artifact) -> Any:
+    """That of ``members``, which is one."""
+    return language.read_tokenizer(members(artifact)[0])
