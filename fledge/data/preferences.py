@@ -68,6 +68,7 @@ class Preferences:
         texts = [text for record in usable for text in _texts(config, tokenizer, record)]
         ids = iter(chats.ids_of(tokenizer, texts))
         self.records: list[dict] = []
+        self.prompts: list[list[int]] = []  # as both sides begin
         self.chosen: list[list[int]] = []
         self.rejected: list[list[int]] = []
         for record in usable:
@@ -83,6 +84,7 @@ class Preferences:
                 prompt = cut
                 self.truncated += 1
             self.records.append(record)
+            self.prompts.append(prompt)
             self.chosen.append(prompt + chosen)
             self.rejected.append(prompt + rejected)
         self.skipped = dict(skipped)
