@@ -26,6 +26,7 @@ import time
 import typing
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -221,7 +222,7 @@ def share(config: Config) -> tuple[int, int]:
     return rows, train.batch // (rows * world)
 
 
-def told(config: Config, run: Run) -> Any:
+def told(config: Config, folder: Path) -> Any:
     """TRL's config, without the number of steps. It saves, reports and schedules nothing by itself.
 
     Raises:
@@ -236,7 +237,7 @@ def told(config: Config, run: Run) -> Any:
         return cls(
             **config.arguments,
             **lengths,
-            output_dir=str(run.dir),
+            output_dir=str(folder),  # which stays empty
             per_device_train_batch_size=rows,
             gradient_accumulation_steps=pieces,
             dataloader_drop_last=True,
@@ -620,7 +621,7 @@ def main(config: Config) -> Artifact:
     with Run.open(config, parents) as run, distributed.lent("bf16" if config.train.precision == "bf16" else "no"):
         run.truncate(0)  # what an interrupted run left begins anew
         tokens, policy = language.read_tokenizer(parents["policy"]), language.read(parents["policy"])
-        args = told(config, run)
+        args = told(config, run.dir)
         check_lengths(config, args, policy)
         prompts = prompts_of(config, tokens, "train", config.data.max_length) if config.rolls_out else None
         examples = examples_of(config, tokens, prompts)
@@ -646,7 +647,7 @@ def main(config: Config) -> Artifact:
             scores += judged
             run.samples("answers", table, "Held-out prompts, answered before and after")
 
-        def save(folder: Any) -> None:
+        def save(folder: Path) -> None:
             language.save(policy, tokens, folder)
             if config.lora is not None:
                 adapters.save(model.get_base_model(), folder / adapters.FOLDER)

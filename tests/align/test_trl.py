@@ -218,21 +218,15 @@ def test_two_ranks_see_the_batch_of_one(home, in_one_go, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------- ids
 
 
-def trainer_of(home, config, run_dir):
+def trainer_of(home, config, folder):
     """TRL's trainer as the stage builds it, and its rows."""
-    config.run_dir.mkdir(parents=True, exist_ok=True)
     distributed.setup("cpu")
     policy, tokens = policies(home)
     examples = trl.given_answers(config, tokens, "train")
-    args = trl.told(config, run_dir)
+    args = trl.told(config, folder)
     args.max_steps = 1
     with distributed.lent("no"):
         return trl.build_trainer(config, args, policy, tokens, trl.as_dataset(config, examples), {}, None)
-
-
-class Folder:
-    def __init__(self, path):
-        self.dir = path
 
 
 def batch_of(trainer, rows):
@@ -242,7 +236,7 @@ def batch_of(trainer, rows):
 @pytest.mark.parametrize("template", ["chat", "plain"])
 def test_trl_trains_on_our_ids(home, tmp_path, template):
     data = {"source": "files", "path": str(home / "pairs.jsonl"), "max_length": 48, "template": template}
-    trainer = trainer_of(home, settings(home, data=data), Folder(tmp_path))
+    trainer = trainer_of(home, settings(home, data=data), tmp_path)
     _, tokens = policies(home)
     ours = Preferences(PreferencesConfig.model_validate(data), tokens, "train")
     rows = {(tuple(r["prompt_ids"]), tuple(r["chosen_ids"]), tuple(r["rejected_ids"])) for r in trainer.train_dataset}
@@ -268,7 +262,7 @@ def test_the_chat_template_is_what_trl_itself_would_render(home, tmp_path):
     _, tokens = policies(home)
     found = Preferences(config.data, tokens, "train")
     rows = [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in found.records]
-    trainer = trainer_of(home, config, Folder(tmp_path))
+    trainer = trainer_of(home, config, tmp_path)
     theirs = DPOTrainer._prepare_dataset(trainer, Dataset.from_list(rows), tokens, trainer.args, "train")
     ours = trl.pairs_of(found).columns
     # Theirs keeps what the template puts behind the end token.
@@ -301,7 +295,7 @@ def test_kto_rows_from_pairs_and_from_labels(home):
 def test_dpo_is_rafailovs_equation_7(home, tmp_path):
     """-log σ(β (log π/π_ref of the chosen - log π/π_ref of the rejected))."""
     config = settings(home, arguments={"beta": 0.3})
-    trainer = trainer_of(home, config, Folder(tmp_path))
+    trainer = trainer_of(home, config, tmp_path)
     reference, _ = policies(home)
     rows = [trainer.train_dataset[i] for i in range(5)]
     batch = batch_of(trainer, range(5))
@@ -327,7 +321,7 @@ def test_dpo_is_rafailovs_equation_7(home, tmp_path):
 def test_kto_is_ethayarajhs_equation_8(home, tmp_path):
     """λ (1 - σ(β (r - z₀))) of desirable and λ (1 - σ(β (z₀ - r))) of undesirable answers, z₀ from rotated ones."""
     config = settings(home, trainer="kto", arguments={"beta": 0.3, "desirable_weight": 1.5})
-    trainer = trainer_of(home, config, Folder(tmp_path))
+    trainer = trainer_of(home, config, tmp_path)
     reference, _ = policies(home)
     policy, rows = noisy(trainer.model, 1), [trainer.train_dataset[i] for i in range(4)]
 
@@ -365,7 +359,7 @@ def test_what_grpo_and_rloo_learn_from(home, tmp_path, monkeypatch, name):
         seen.append((kw["completions"], found, kw["row"], kw["completion_ids"]))
         return found
 
-    args = trl.told(config, Folder(tmp_path))
+    args = trl.told(config, tmp_path)
     args.max_steps = 1
     with distributed.lent("no"):
         trainer = trl.build_trainer(config, args, policy, tokens, trl.as_dataset(config, examples), ids, reward)
