@@ -292,6 +292,23 @@ def engine_of(model: torch.nn.Module) -> Literal["ddp", "fsdp2"] | None:
 
 
 @contextlib.contextmanager
+def lent(precision: str) -> Iterator[None]:
+    """In here a library may make an Accelerator of its own: on these ranks, with its own mixed precision (no, bf16).
+
+    Accelerate keeps one state for all Accelerators of a process and refuses a second precision; ours does without it.
+    """
+    from accelerate.state import AcceleratorState
+
+    state = AcceleratorState._shared_state
+    before = state["_mixed_precision"]
+    state["_mixed_precision"] = precision
+    try:
+        yield
+    finally:
+        state["_mixed_precision"] = before
+
+
+@contextlib.contextmanager
 def accumulating(model: torch.nn.Module, last: bool) -> Iterator[None]:
     """Gradients of the backward in here are averaged over the ranks only if it is the ``last`` of a step."""
     engine: Any = model

@@ -23,7 +23,7 @@ each = pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
 # Fields of a data section that say nothing about the world, which knows its own; and those that speak of nothing else.
 OF_FILES = {"resize_to", "max_pixels", "holdout", "image_field", "caption_field", "join", "where", "split_on", "field"}
 OF_FILES |= {"validation_fraction", "test_fraction", "split_field", "prompt", "messages", "completion"}
-OF_FILES |= {"chosen", "rejected", "margin", "responses", "ranks", "scores"}
+OF_FILES |= {"chosen", "rejected", "margin", "responses", "ranks", "scores", "label"}
 OF_WORLD = {"kinds", "fonts"}
 
 
@@ -170,6 +170,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optim.lr": 3e-6, "optim.eps": 1e-5, "optim.betas": (0.9, 0.999), "optim.weight_decay": 0.01,
         "optim.warmup": 0, "optim.decay": "cosine", "optim.clip": None, "center_rewards_coefficient": 0.0,
         "train.batch": 64, "train.steps": "1 epoch",
+    },
+    # Hugging Face's alignment handbook: recipes/zephyr-7b-beta/dpo/config_full.yaml, 8 GPUs x 8 rows x 2
+    "trl_dpo_zephyr_7b": {
+        "trainer": "dpo", "optim.lr": 5e-7, "optim.betas": (0.9, 0.999), "optim.eps": 1e-8, "optim.weight_decay": 0.0,
+        "optim.clip": 1.0, "optim.warmup": "0.1 epochs", "optim.decay": "cosine", "optim.min_lr": 0.0,
+        "train.batch": 128, "train.steps": "1 epoch", "train.precision": "bf16",
     },
     # Huang et al. 2024: ppo.py; a million answers
     "ppo_nplus": {

@@ -20,6 +20,7 @@ from fledge.config import Config
 from fledge.errors import InputError
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 FOLDER = "adapter"
@@ -40,15 +41,11 @@ class LoRAConfig(Config):
     """Learn each column's magnitude apart from its direction (Liu et al. 2024, https://arxiv.org/abs/2402.09353)."""
 
 
-def add(model: Any, config: LoRAConfig, name: str = "default") -> list[nn.Parameter]:
-    """Put an adapter into ``model``, which freezes all that it had, and take it into use; its parameters.
-
-    Raises:
-        InputError: no layer has a name that ``config.targets`` asks for.
-    """
+def in_peft(model: nn.Module, config: LoRAConfig) -> "LoraConfig":
+    """The same in peft's own words, for ``model``."""
     from peft import LoraConfig
 
-    lora = LoraConfig(
+    return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft divides it by the rank, whatever it is
         lora_dropout=config.dropout,
@@ -57,6 +54,15 @@ def add(model: Any, config: LoRAConfig, name: str = "default") -> list[nn.Parame
         task_type="SEQ_CLS" if hasattr(model, "score") else None,  # or peft takes the head for a layer
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),  # GPT-2's layers
     )
+
+
+def add(model: Any, config: LoRAConfig, name: str = "default") -> list[nn.Parameter]:
+    """Put an adapter into ``model``, which freezes all that it had, and take it into use; its parameters.
+
+    Raises:
+        InputError: no layer has a name that ``config.targets`` asks for.
+    """
+    lora = in_peft(model, config)
     others = [parameter for other in names(model) for parameter in parameters(model, other)]
     try:
         with warnings.catch_warnings():
