@@ -7,9 +7,12 @@ Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 75 stopped by SIGTER
 import argparse
 import contextlib
 import functools
+import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from fledge import __version__, launch, preempt
@@ -91,6 +94,23 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--greedy", action="store_true", help="always take the most probable token")
     generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(work=_generate)
+
+    against = commands.add_parser("compare", help="two chat models side by side, and who wins by a judge")
+    for side in ("a", "b"):
+        against.add_argument(side, metavar=side.upper(), help="a chat-model's folder, or its run's")
+    against.add_argument("--judge", metavar="MODULE:FUNCTION", help="(records, answers) -> scores, or of two answers")
+    against.add_argument("--reward", metavar="DIR", help="a reward-model's folder, or its run's, as the judge")
+    against.add_argument("--data", default="world", metavar="FILE", help="records, or a YAML of prompts; default world")
+    against.add_argument("--split", default="test", choices=("train", "validation", "test"), help="default test")
+    against.add_argument("--prompts", type=_positive, default=512, metavar="N", help="at most; default 512")
+    against.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
+    against.add_argument("--temperature", type=float, default=1.0, metavar="T")
+    against.add_argument("--greedy", action="store_true", help="always take the most probable token")
+    against.add_argument("--seed", type=int, default=0)
+    against.add_argument(
+        "--out", action="append", default=[], metavar="FILE", help=".html or .json; may be given twice"
+    )
+    against.set_defaults(work=_compare)
     return top
 
 
@@ -175,6 +195,33 @@ def _generate(args: argparse.Namespace) -> None:
             seed=args.seed,
         )
     )
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from fledge import recipe, track
+    from fledge.report import comparison
+
+    if args.temperature <= 0 and not args.greedy:
+        raise InputError(f"--temperature {args.temperature:g}: expected a number above 0, or --greedy")
+    if odd := [path for path in args.out if not path.endswith((".html", ".json"))]:
+        raise InputError(f"--out {odd[0]}: expected a name that ends in .html or .json")
+    found = recipe.import_tool("align.compare").compare(
+        artifact_folder(args.a),
+        artifact_folder(args.b),
+        judge=args.judge,
+        reward=args.reward and artifact_folder(args.reward),
+        data=args.data,
+        split=args.split,
+        prompts=args.prompts,
+        greedy=args.greedy,
+        temperature=args.temperature,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+    )
+    for path in args.out:
+        text = comparison.page(found) if path.endswith(".html") else json.dumps(found, indent=1, ensure_ascii=False)
+        track.write_atomic(Path(path), text)
+    print(comparison.text(found, shutil.get_terminal_size().columns))
 
 
 def artifact_folder(folder: str) -> str:
