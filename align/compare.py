@@ -94,9 +94,10 @@ def compare(
     texts = [decode(side.questions.tokenizer, batch) for side, batch in zip(sides, batches, strict=True)]
     verdict = referee(records, texts, batches)
     clusters = [r["codepoint"] for r in records] if all("codepoint" in r for r in records) else None
+    lengths = [[len(text) for text in side] for side in texts]
     return {
         **{name: about(side.artifact) for name, side in zip("ab", sides, strict=True)},
-        "judge": judge or (f"reward model {Path(reward).name}" if reward else "gold score of the Unicode database"),
+        "judge": judge or (f"reward model {reward}" if reward else "gold score of the Unicode database"),
         "data": data,
         "split": split,
         **asking,
@@ -107,7 +108,7 @@ def compare(
         "win": win_rate(verdict.preference, clusters),
         "consistent": verdict.consistent,
         "score": mean_difference(*verdict.scores, clusters) if verdict.scores else None,
-        "length": by_length(verdict.preference, *([len(text) for text in side] for side in texts), clusters),
+        "length": by_length(verdict.preference, lengths[0], lengths[1], clusters),
         "kl": kl_of(sides, batches[1]),
         "rows": rows(records, texts, verdict),
     }

@@ -140,21 +140,20 @@ def test_a_judge_that_compares_is_asked_in_either_order(ask):
     assert values == {prompt: value / 2 for prompt, value in expected.items()}
 
 
-def test_a_reward_model_judges(ask, home):
-    """Its scores are those of the plain loader on the whole conversation."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+def test_a_reward_model_judges(ask, monkeypatch):
+    """Its scores are its head's on the last token, row by row, without any padding (a sampled pad token is a token)."""
+    from transformers import AutoModelForSequenceClassification
 
-    found = ask(judge=None, reward="reward", greedy=True)
-    model, tokens = AutoModelForSequenceClassification.from_pretrained("reward"), AutoTokenizer.from_pretrained("a")
-    whole = 0
-    for row in found["rows"]:
-        asked = [{"role": "user", "content": row["prompt"]}]
-        text = tokens.apply_chat_template(asked, add_generation_prompt=True, tokenize=False) + row["b"]
-        if len(tokens(row["b"], add_special_tokens=False)["input_ids"]) == 8:  # it was said without special tokens
-            ids = tokens(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-            assert row["score b"] == pytest.approx(model(ids).logits.item(), abs=1e-4)
-            whole += 1
-    assert whole
+    seen, decode = [], module.decode
+    monkeypatch.setattr(module, "decode", lambda tokens, batch: seen.append(batch) or decode(tokens, batch))
+    found = ask(judge=None, reward="reward")
+    model, expected = AutoModelForSequenceClassification.from_pretrained("reward"), []
+    for batch in seen:
+        rows = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+        last = [model.base_model(ids[real][None]).last_hidden_state[0, -1] for ids, real in rows]
+        expected += [model.score(hidden).item() for hidden in last]
+    said = [row[f"score {side}"] for side in "ab" for row in found["rows"]]
+    assert sorted(said) == pytest.approx(sorted(expected), abs=1e-4) and len(set(expected)) > 12
 
 
 def test_models_of_other_tokens(ask):

@@ -35,7 +35,7 @@ def test_prompts_of_one_character_count_once():
 def test_winning_always_is_not_certainty():
     """Wilson 1927: of 10 out of 10 the interval begins at 10 / (10 + 1.96²)."""
     found = win_rate([1] * 10)
-    assert found["rate"] == 1 and found["low"] == pytest.approx(10 / (10 + 1.959964**2)) and found["high"] == 1
+    assert (found["rate"], found["low"], found["high"]) == pytest.approx((1, 10 / (10 + 1.959964**2), 1))
     assert win_rate([1] * 10, [0] * 5 + [1] * 5)["low"] == pytest.approx(2 / (2 + 1.959964**2))
 
 
