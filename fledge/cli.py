@@ -87,7 +87,10 @@ def parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="text from a language artifact")
     generate.add_argument("dir", metavar="DIR", help="an artifact's folder, or its run's")
-    generate.add_argument("prompt", help="what to continue or answer; for a text encoder, text with [MASK] in it")
+    generate.add_argument(
+        "prompt", nargs="?", help="what to continue or answer; for a text encoder, text with [MASK] in it"
+    )
+    generate.add_argument("--chat", action="store_true", help="a conversation with a chat model, here or down a pipe")
     generate.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
     generate.add_argument("--temperature", type=float, default=0.8, metavar="T")
     generate.add_argument("--top-k", type=_positive, metavar="K", help="sample among the K most probable tokens only")
@@ -183,18 +186,18 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from fledge.generate import generate
+    settings = {"max_new_tokens": args.max_new_tokens, "temperature": 0.0 if args.greedy else args.temperature}
+    settings |= {"top_k": args.top_k, "seed": args.seed}
+    if args.chat:
+        from fledge import chat
 
-    print(
-        generate(
-            artifact_folder(args.dir),
-            args.prompt,
-            max_new_tokens=args.max_new_tokens,
-            temperature=0.0 if args.greedy else args.temperature,
-            top_k=args.top_k,
-            seed=args.seed,
-        )
-    )
+        chat.talk(chat.open_chatter(artifact_folder(args.dir), **settings), args.prompt)
+    elif args.prompt is None:
+        raise InputError("what should it continue or answer? give a prompt, or --chat for a conversation")
+    else:
+        from fledge.generate import generate
+
+        print(generate(artifact_folder(args.dir), args.prompt, **settings))
 
 
 def _compare(args: argparse.Namespace) -> None:
