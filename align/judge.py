@@ -85,14 +85,21 @@ class Questions(NamedTuple):
 
 
 def watch(
-    judge: Judge, policy: nn.Module, reference: nn.Module, questions: Questions
+    judge: Judge, reward: Scorer, policy: nn.Module, reference: nn.Module, questions: Questions
 ) -> Callable[[int], dict[str, float]]:
-    """`evaluate` of `fit`: the mean judgement of the policy's answers and their KL: a point of the frontier."""
+    """`evaluate` of `fit`: a point of the frontier, of one set of answers of the policy.
+
+    score: the mean judgement, Gao et al.'s gold; reward: that which it is trained on, their proxy, without the penalty
+    of an answer that does not end; kl: to the reference, exact, in nats an answer.
+    """
 
     def measure(step: int) -> dict[str, float]:
-        answers = questions.put_to(policy)
-        judged = judge.score(questions.records(), decode(questions.tokenizer, answers), answers)
-        return {"score": judged.mean().item(), "kl": questions.kl(policy, reference, answers)}
+        answers, records = questions.put_to(policy), questions.records()
+        texts = decode(questions.tokenizer, answers)
+        judged = judge.score(records, texts, answers)
+        rewarded = reward(records, texts, answers) if judge.unseen else judged
+        kl = questions.kl(policy, reference, answers)
+        return {"score": judged.mean().item(), "reward": rewarded.mean().item(), "kl": kl}
 
     return measure
 

@@ -476,7 +476,7 @@ def main(config: Config) -> Artifact:
 
         watch = None
         if config.train.eval_every:
-            watch = judge.watch(referee, policy, reference, questions("validation"))
+            watch = judge.watch(referee, scorer, policy, reference, questions("validation"))
         fit(objective, stream, optim, config.train, run, steps=steps, seed=config.seed, evaluate=watch)
 
         scores, kl = [], {}

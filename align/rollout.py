@@ -32,6 +32,12 @@ class PromptsConfig(RecordsConfig):
 
 def read_prompts(config: PromptsConfig, tokenizer: Any, split: Split) -> Prompts:
     """The prompts of a split, each once; answers that stand behind them are left off."""
+    form = {"template": config.template, "max_length": config.max_length, "overlong": config.overlong}
+    return Prompts(prompt_records(config, split), tokenizer, split=split, **form)
+
+
+def prompt_records(config: PromptsConfig, split: Split) -> list[dict]:
+    """The records of a split, each with its ``prompt`` as messages."""
     if config.source == "world":
         questions = chats.of_the_world(config, split, world.questions(split))
         found = ((f"world:{n}", record) for n, record in enumerate(questions))
@@ -44,8 +50,7 @@ def read_prompts(config: PromptsConfig, tokenizer: Any, split: Split) -> Prompts
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         records.append({**record, "prompt": messages})
-    form = {"template": config.template, "max_length": config.max_length, "overlong": config.overlong}
-    return Prompts(records, tokenizer, split=split, **form)
+    return records
 
 
 def answer(

@@ -81,7 +81,7 @@ NOT_ASKED |= {"num_completions_to_print", "max_tool_calling_iterations", "paddin
 class Parents(BaseConfig):
     policy: str | None = parent("chat-model", required=True)
     """Policy to start from; it is the reference, too."""
-    reward: str | None = parent("reward-model", required=False)
+    reward: str | None = parent("reward-model", "reward-ensemble", required=False)
     """Reward model of grpo and rloo, where ``reward`` names no function; for dpo and kto it only judges."""
 
 

@@ -7,9 +7,12 @@ Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 75 stopped by SIGTER
 import argparse
 import contextlib
 import functools
+import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from fledge import __version__, launch, preempt
@@ -84,16 +87,36 @@ def parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="text from a language artifact, or scores of answers")
     generate.add_argument("dir", metavar="DIR", help="an artifact's folder, or its run's")
-    generate.add_argument("prompt", help="what to continue or answer; for a text encoder, text with [MASK] in it")
+    generate.add_argument(
+        "prompt", nargs="?", help="what to continue or answer; for a text encoder, text with [MASK] in it"
+    )
     generate.add_argument(
         "--answer", action="append", default=[], metavar="TEXT", help="an answer that a reward model scores; repeatable"
     )
+    generate.add_argument("--chat", action="store_true", help="a conversation with a chat model, here or down a pipe")
     generate.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
     generate.add_argument("--temperature", type=float, default=0.8, metavar="T")
     generate.add_argument("--top-k", type=_positive, metavar="K", help="sample among the K most probable tokens only")
     generate.add_argument("--greedy", action="store_true", help="always take the most probable token")
     generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(work=_generate)
+
+    against = commands.add_parser("compare", help="two chat models side by side, and who wins by a judge")
+    for side in ("a", "b"):
+        against.add_argument(side, metavar=side.upper(), help="a chat-model's folder, or its run's")
+    against.add_argument("--judge", metavar="MODULE:FUNCTION", help="(records, answers) -> scores, or of two answers")
+    against.add_argument("--reward", metavar="DIR", help="a reward-model's folder, or its run's, as the judge")
+    against.add_argument("--data", default="world", metavar="FILE", help="records, or a YAML of prompts; default world")
+    against.add_argument("--split", default="test", choices=("train", "validation", "test"), help="default test")
+    against.add_argument("--prompts", type=_positive, default=512, metavar="N", help="at most; default 512")
+    against.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
+    against.add_argument("--temperature", type=float, default=1.0, metavar="T")
+    against.add_argument("--greedy", action="store_true", help="always take the most probable token")
+    against.add_argument("--seed", type=int, default=0)
+    against.add_argument(
+        "--out", action="append", default=[], metavar="FILE", help=".html or .json; may be given twice"
+    )
+    against.set_defaults(work=_compare)
     return top
 
 
@@ -166,19 +189,45 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from fledge.generate import generate
+    settings = {"max_new_tokens": args.max_new_tokens, "temperature": 0.0 if args.greedy else args.temperature}
+    settings |= {"top_k": args.top_k, "seed": args.seed}
+    if args.chat:
+        from fledge import chat
 
-    print(
-        generate(
-            artifact_folder(args.dir),
-            args.prompt,
-            max_new_tokens=args.max_new_tokens,
-            temperature=0.0 if args.greedy else args.temperature,
-            top_k=args.top_k,
-            seed=args.seed,
-            answers=args.answer,
-        )
+        chat.talk(chat.open_chatter(artifact_folder(args.dir), **settings), args.prompt)
+    elif args.prompt is None:
+        raise InputError("what should it continue or answer? give a prompt, or --chat for a conversation")
+    else:
+        from fledge.generate import generate
+
+        print(generate(artifact_folder(args.dir), args.prompt, answers=args.answer, **settings))
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from fledge import recipe, track
+    from fledge.report import comparison
+
+    if args.temperature <= 0 and not args.greedy:
+        raise InputError(f"--temperature {args.temperature:g}: expected a number above 0, or --greedy")
+    if odd := [path for path in args.out if not path.endswith((".html", ".json"))]:
+        raise InputError(f"--out {odd[0]}: expected a name that ends in .html or .json")
+    found = recipe.import_tool("align.compare").compare(
+        artifact_folder(args.a),
+        artifact_folder(args.b),
+        judge=args.judge,
+        reward=args.reward and artifact_folder(args.reward),
+        data=args.data,
+        split=args.split,
+        prompts=args.prompts,
+        greedy=args.greedy,
+        temperature=args.temperature,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
     )
+    for path in args.out:
+        text = comparison.page(found) if path.endswith(".html") else json.dumps(found, indent=1, ensure_ascii=False)
+        track.write_atomic(Path(path), text)
+    print(comparison.text(found, shutil.get_terminal_size().columns))
 
 
 def artifact_folder(folder: str) -> str:

@@ -175,6 +175,11 @@ def import_stage(name: Any, place: str) -> ModuleType:
     return module
 
 
+def import_tool(name: str) -> ModuleType:
+    """A module that lies beside the stages and is none, for a command that needs what they share: align.compare."""
+    return importlib.import_module(name)
+
+
 def known_stages() -> list[str]:
     """The stages that lie in the stage packages, read from their files: nothing is imported."""
     files = [file for package in PACKAGES for file in sorted((SHIPPED.parent / package).glob("[a-z]*.py"))]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 LEVEL = 0.95  # of every interval in fledge
+Z = 1.959964  # the normal distribution's 97.5 % point
 _BLOCK = 4_000_000  # counts held at once while resampling: 32 MB, however many clusters there are
 
 
@@ -93,6 +94,13 @@ def paired(
     if before.shape != after.shape:
         raise ValueError(f"paired: {before.size} figures before and {after.size} after; they must be the same examples")
     return bootstrap(after - before, clusters, n=n, seed=seed, weights=weights)
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share of n (Wilson 1927)."""
+    centre, room = (share + Z * Z / (2 * n)), Z * (share * (1 - share) / n + Z * Z / (4 * n * n)) ** 0.5
+    scale = 1 + Z * Z / n
+    return (centre - room) / scale, (centre + room) / scale
 
 
 def _prepare(values: Any, clusters: Any, weights: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:

@@ -4,7 +4,7 @@ B rows, P prompt positions (padded on the left), T new tokens, V vocabulary. Wha
 and seed alone: not on its neighbours, their order or their padding (beyond the rounding of the forward).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -102,3 +102,26 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float, top_k: int | Non
     # Kept below 1 by more than a rounding error: at the total itself no token would pass.
     target = uniform.to(logits.dtype).clamp(max=1 - 2**-22)[:, None] * cumulated[:, -1:]
     return torch.searchsorted(cumulated, target, right=True).squeeze(1)
+
+
+@torch.no_grad()
+def stream(
+    model: Any,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    eos_ids: Collection[int] = (),
+) -> Iterator[int]:
+    """The tokens that ``sample`` says to one prompt, each as soon as it is known, through the first of ``eos_ids``."""
+    uniform = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(model.device)
+    feed, cache = torch.tensor([list(prompt)], device=model.device), None
+    for t in range(max_new_tokens):
+        out = model(input_ids=feed, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token = choose(out.logits[:, -1], uniform[t : t + 1], temperature, top_k)
+        yield int(token)
+        if int(token) in eos_ids:
+            return
+        feed, cache = token[:, None], out.past_key_values

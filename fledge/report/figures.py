@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from fledge import svg
+from fledge.evals.score import wilson
 from fledge.report.markup import details
 from fledge.report.view import View
 from fledge.track import figure
@@ -13,7 +14,6 @@ from fledge.track import figure
 MOST_CHARTS = 9  # of a stage at first sight; the others are one click away
 MOST_SHARED = 6  # of a comparison
 LINES = 6  # the most that one chart tells apart
-Z = 1.959964  # the normal distribution's 97.5 % point
 
 
 def charts(view: View) -> str:
@@ -172,10 +172,3 @@ def calibration(view: View) -> str:
     error = view.measured.get("ece")
     value = f"ECE {error:.3f}" if error is not None else ""
     return f"<div class=charts>{framed('calibration on held-out pairs', value, drawing)}</div>"
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share of n (Wilson 1927)."""
-    centre, room = (share + Z * Z / (2 * n)), Z * (share * (1 - share) / n + Z * Z / (4 * n * n)) ** 0.5
-    scale = 1 + Z * Z / n
-    return (centre - room) / scale, (centre + room) / scale

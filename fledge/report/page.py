@@ -38,10 +38,7 @@ def asset(name: str) -> str:
 
 
 def page(views: Sequence[View], title: str) -> str:
-    """The whole document. The one script that may run is ours, by its hash; nothing is asked of the network."""
-    style, script = asset("style.css"), asset("script.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
+    """The whole document."""
     body = [
         head(views, title),
         summary(views),
@@ -51,14 +48,21 @@ def page(views: Sequence[View], title: str) -> str:
         *(section(v, views) for v in views),
         foot(views),
     ]
+    return document(title, "\n".join(part for part in body if part), asset("script.js"))
+
+
+def document(title: str, body: str, script: str = "") -> str:
+    """A page of its own. The one script that may run is the given one, by its hash; nothing is asked of the network."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    allowed = f"'sha256-{digest}'" if script else "'none'"
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {allowed}"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f'<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main id="top">\n'
-        + "\n".join(part for part in body if part)
-        + f"\n</main>\n<script>{script}</script>\n</body>\n</html>\n"
+        f'<title>{escape(title)}</title>\n<style>{asset("style.css")}</style>\n</head>\n<body>\n<main id="top">\n'
+        f"{body}\n</main>\n{f'<script>{script}</script>' if script else ''}\n</body>\n</html>\n"
     )
 
 

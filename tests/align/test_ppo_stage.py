@@ -97,6 +97,36 @@ def test_a_reward_model_and_a_judge(home, monkeypatch):
     assert len(lines) == 8 and '"train/objective/kl"' in lines[0]
 
 
+def test_the_frontier_is_watched(home, monkeypatch):
+    """Judge and reward are asked of the same answers; at the first look the policy is still its reference."""
+    (home / "both.py").write_text(
+        "heard = {'judge': [], 'reward': []}\n"
+        "def judge(records, texts):\n"
+        "    heard['judge'].append(texts)\n"
+        "    return [float(len(text)) for text in texts]\n"
+        "def reward(records, texts):\n"
+        "    heard['reward'].append(texts)\n"
+        "    return [float(text.count('a')) for text in texts]\n"
+    )
+    monkeypatch.chdir(home)
+    data = {"source": "files", "path": str(home / "prompts.jsonl"), "max_length": 24, "test_fraction": 0.3}
+    made = settings(
+        home, name="watched", reward="both:reward", judge="both:judge", optim={"lr": 0.1, "decay": "constant"},
+        data={**data, "validation_fraction": 0.3}, value={"init": "policy", "head": "zero", "warmup": 4},
+        train={"batch": 8, "steps": 8, "precision": "fp32", "device": "cpu", "eval_every": 4},
+    )  # fmt: skip
+    ppo.main(made)
+    heard = __import__("both").heard
+    lines = [json.loads(line) for line in (home / "runs" / "watched" / "metrics.jsonl").read_text().splitlines()]
+    points = [line for line in lines if "eval/kl" in line]
+    assert [line["step"] for line in points] == [3, 7]
+    assert points[0]["eval/kl"] == pytest.approx(0, abs=1e-6) and points[1]["eval/kl"] > 1e-4
+    for line, texts in zip(points, heard["judge"], strict=False):
+        assert texts in heard["reward"]
+        assert line["eval/score"] == pytest.approx(sum(map(len, texts)) / len(texts), rel=1e-6)
+        assert line["eval/reward"] == pytest.approx(sum(t.count("a") for t in texts) / len(texts), rel=1e-6)
+
+
 def moved_by(home, made):
     before, after = artifact.open(home / "chat").tensors(), made.tensors()
     return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fledge.models.sampling import choose, left_pad, position_ids, sample
+from fledge.models.sampling import choose, left_pad, position_ids, sample, stream
 
 EOS, PAD = 3, 0
 
@@ -105,3 +105,13 @@ def test_positions_start_at_the_first_real_token():
 def test_without_an_end_token_every_row_is_full():
     _, mask = sample(tiny("llama"), *left_pad(PROMPTS), **settings(eos_id=None))
     assert mask.all()
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stream_says_what_sample_says(arch, temperature):
+    model = tiny(arch)
+    ids, mask = sample(model, *left_pad(PROMPTS, PAD), temperature=temperature, **settings())
+    for row, prompt in enumerate(PROMPTS):
+        said = stream(model, prompt, max_new_tokens=9, seed=row, temperature=temperature, eos_ids={EOS})
+        assert list(said) == ids[row][mask[row].bool()].tolist()
