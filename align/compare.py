@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
+from align import scorers
 from align.judge import Questions, world_gold
-from align.rollout import FunctionScorer, ModelScorer, PromptsConfig, Scorer, callable_of, decode, prompt_records
+from align.rollout import PromptsConfig, decode, prompt_records
+from align.scorers import FunctionScorer, Scorer, callable_of
 from fledge import artifact, distributed
 from fledge import config as configs
 from fledge.artifact import Artifact
@@ -168,11 +170,10 @@ def referee_of(judge: str | None, reward: str | Path | None, config: PromptsConf
             return lambda records, texts, batches: compared(function, judge, records, *texts)
         return scored(FunctionScorer(function, judge), judge)
     if reward is not None:
-        model = artifact.open(reward, "reward-model")
+        model = artifact.open(reward, ("reward-model", "reward-ensemble"))
         for one in opened:
             artifact.same_tokenizer(one, model)
-        read = language.read(model, "AutoModelForSequenceClassification").to(distributed.device())
-        return scored(ModelScorer(read, "fp32", ROWS), str(reward))
+        return scored(scorers.build(None, None, None, {"reward": model}, "fp32", ROWS), str(reward))
     if config.source == "world":
         return scored(FunctionScorer(world_gold, "world.gold"), "world.gold")
     raise InputError("nobody judges: give --judge module:function or --reward ARTIFACT (the world judges itself)")

@@ -268,7 +268,7 @@ class Examples:
 
 
 def pairs_of(data: Preferences) -> Examples:
-    """DPO's columns: prompt_ids, and chosen_ids and rejected_ids behind them; of a ranking all its pairs, not the ties."""
+    """DPO's columns: prompt_ids, and chosen_ids and rejected_ids behind them; of a ranking all pairs but the ties."""
     columns: dict[str, list] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
     records = []
     for prompt, answers, ranks, record in zip(data.prompts, data.answers, data.ranks, data.records, strict=True):
