@@ -119,6 +119,13 @@ def loop() -> tuple[Callable, Callable]:
     return ours(CLM(small_llama()), batch, pieces=2), theirs
 
 
+def sft() -> tuple[Callable, Callable]:
+    """Half of each conversation scored, beside TRL's trainer."""
+    from benchmarks.sft import pair
+
+    return pair(small_llama, ours, adamw)
+
+
 def ppo() -> tuple[Callable, Callable]:
     """One iteration (answers, scores, two epochs) beside a plain loop that pads everything and uses ``generate``."""
     from benchmarks.ppo import pair
@@ -129,6 +136,7 @@ def ppo() -> tuple[Callable, Callable]:
 PAIRS = {
     "mae": ("MAE step / transformers ViTMAE step", mae, 3),
     "clm": ("next-token step / plain transformers loop", clm, 3),
+    "sft": ("SFT step / TRL SFTTrainer step", sft, 3),
     "loop": ("loop / the same objective in ten bare lines", loop, 4),
     "ppo": ("PPO iteration / plain padded loop", ppo, 1),
 }

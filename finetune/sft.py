@@ -80,7 +80,7 @@ class Evaluation(BaseConfig):
 
 
 class Pretraining(BaseConfig):
-    """Pretraining text among the conversations (Ouyang et al. 2022, appendix C.3: 10 % of it before RLHF)."""
+    """Pretraining text among the conversations (Ouyang et al. 2022, appendix C: 10 % of it before RLHF)."""
 
     data: TextConfig
     share: float = Field(0.1, gt=0, lt=1)

@@ -314,8 +314,7 @@ def changing_tensors(module: nn.Module) -> dict[str, Tensor]:
     They are what neither the optimiser nor `after_step` changes and the stage reads from its parents again, whose
     digests are part of the run: the frozen base of an adapter.
     """
-    given: Any = getattr(module, "constant", list)
-    constant = {id(tensor) for tensor in given()}
+    constant = {id(tensor) for tensor in getattr(module, "constant", list)()}
     return {name: tensor for name, tensor in module_tensors(module).items() if id(tensor) not in constant}
 
 

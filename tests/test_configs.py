@@ -205,8 +205,20 @@ def test_class_defaults_and_shipped_file_are_the_published_recipe(name):
 
 
 def test_every_published_file_is_held_against_its_paper():
-    """But for the variants of one: a larger MAE, and the two measures, whose numbers are the method's own arguments."""
-    assert {path.stem for path in PUBLISHED} - set(RECIPES) == {"mae_vitl16_imagenet", "probe_imagenet", "knn_imagenet"}
+    """But for the variants of one, a larger MAE and SFT by adapters, and the two measures, whose numbers are the
+    method's own arguments."""
+    others = {"mae_vitl16_imagenet", "probe_imagenet", "knn_imagenet", "sft_lora"}
+    assert {path.stem for path in PUBLISHED} - set(RECIPES) == others
+
+
+def test_sft_by_adapters_is_qlora_without_its_quantisation():
+    """scripts/finetune_guanaco_7b.sh of artidoro/qlora; transformers' constant rate has no warm-up."""
+    config = opened(ROOT / "configs/finetune/sft_lora.yaml")[1]
+    assert config.lora.model_dump() == {"rank": 64, "alpha": 16.0, "dropout": 0.1, "targets": [], "dora": False}
+    assert (config.train.batch, config.train.steps, config.data.max_length) == (4 * 4, 1875, 512)
+    optim = config.optim
+    assert (optim.lr, optim.decay, optim.betas[1], optim.clip, optim.weight_decay) == (2e-4, "constant", 0.999, 0.3, 0)
+    assert optim.warmup == 0
 
 
 def test_mae_large_is_mae_base_with_another_encoder():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fledge.errors import InputError
-from fledge.stream import DataStream, Permutation, derive, generator
+from fledge.stream import DataStream, Mixed, Permutation, derive, generator
 
 
 def rows(ids, seeds):
@@ -110,3 +110,27 @@ def test_a_stream_has_no_state_and_travels_to_workers():
 def test_fewer_samples_than_a_batch_are_refused():
     with pytest.raises(InputError, match="pictures: 4 samples, but train.batch is 5"):
         DataStream(4, rows, batch=5, seed=0, what="pictures")
+
+
+def test_rows_of_two_streams_are_spread_evenly_and_stay_in_order():
+    """Each row is of the sample that its id names, wherever the batch is cut; epochs are the first stream's."""
+
+    def stream(n: int, batch: int, offset: int) -> DataStream:
+        return DataStream(n, lambda ids, seeds: {"x": torch.tensor(ids) + offset}, batch=batch, seed=3)
+
+    def join(parts):
+        assert [which for which, _ in parts] == sorted(which for which, _ in parts)
+        return {"x": torch.cat([rows["x"] for _, rows in parts])}
+
+    first, second = stream(40, 6, 0), stream(7, 2, 100)
+    both = Mixed([first, second], join)
+    assert (both.batch, both.steps_per_epoch) == (8, 6)
+    for step in range(9):
+        ids = both.ids(step)
+        named = [i + 100 * which for which, i in ids]
+        assert both.fetch(ids, step)["x"].tolist() == named
+        assert [i for which, i in ids if which == 0] == first.ids(step)
+        assert [i for which, i in ids if which == 1] == second.ids(step)
+        assert all([which for which, _ in half].count(1) == 1 for half in (ids[:4], ids[4:]))
+        cut = [both.fetch(ids[a:b], step)["x"] for a, b in ((0, 1), (1, 2), (2, 8))]  # a part may have none of one
+        assert torch.cat(cut).tolist() == named
