@@ -171,4 +171,20 @@ def calibration(view: View) -> str:
     )  # fmt: skip
     error = view.measured.get("ece")
     value = f"ECE {error:.3f}" if error is not None else ""
-    return f"<div class=charts>{framed('calibration on held-out pairs', value, drawing)}</div>"
+    return f"<div class=charts>{framed('calibration on held-out pairs', value, drawing)}{margins(view)}</div>"
+
+
+def margins(view: View) -> str:
+    """Accuracy by the size of the difference in reward, of `margins=[{"low", "high", "accuracy", "n"}, …]`.
+
+    Whiskers are 95 % Wilson intervals.
+    """
+    marks = []
+    for b in view.measured.get("margins") or []:
+        low, high = wilson(b["accuracy"], b["n"])
+        text = f"{figure(b['low'])} to {figure(b['high'])} · right {b['accuracy']:.3f} · {b['n']:,} pairs"
+        marks.append(svg.Mark((b["low"] + b["high"]) / 2, b["accuracy"], text, low, high))
+    if not marks:
+        return ""
+    drawing = svg.scatter(marks, "difference in reward", "accuracy", path=[(m.x, m.y) for m in marks])
+    return framed("accuracy by margin", "", drawing)

@@ -118,7 +118,9 @@ def hand_off(view: View) -> str:
     """What the artifact says of itself, without what the page shows already."""
     known = ("files", "seal", "parents", "metrics", "config", "digest", "kind", "checkpoint")
     rest = {k: v for k, v in view.manifest.items() if k not in known and v not in (None, {}, [], "")}
-    other = {k: v for k, v in view.measured.items() if k not in ("scores", "calibration")}
+    other = {
+        k: v for k, v in view.measured.items() if k not in ("scores", "calibration", "margins", "annotated_margins")
+    }
     if other:
         rest["metrics"] = other
     text = json.dumps(rest, indent=2, ensure_ascii=False)

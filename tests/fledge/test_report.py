@@ -252,13 +252,18 @@ def test_the_frontier_and_the_calibration(tmp_path):
     kept(run, "chat-model", save, [gold], architecture={}, step=60, kl=0.2)
     bins = [{"low": 0.5, "high": 0.75, "predicted": 0.6, "observed": 0.65, "n": 40}]
     bins += [{"low": 0.75, "high": 1.0, "predicted": 0.9, "observed": 0.8, "n": 160}]
+    margins = [
+        {"low": 0.1, "high": 0.3, "accuracy": 0.6, "n": 50},
+        {"low": 0.3, "high": 2.0, "accuracy": 0.9, "n": 150},
+    ]
     run = make(tmp_path, "reward", "align.reward", "reward-model", finish=False)
-    kept(run, "reward-model", save, [], architecture={}, step=60, calibration=bins, ece=0.09)
+    kept(run, "reward-model", save, [], architecture={}, step=60, calibration=bins, ece=0.09, margins=margins)
     text = report.write(report.runs_of(tmp_path), tmp_path / "report.html").read_text()
     Page(text)
     ppo, reward = section(text, "ppo"), section(text, "reward")
     assert "update 59 · KL 0.59 · 0.9833" in html.unescape(ppo) and "after · KL 0.2 · 0.74" in html.unescape(ppo)
-    assert "ECE 0.090" in reward and reward.count('class="whisker"') == 2 and reward.count('class="bar"') == 2
+    assert "ECE 0.090" in reward and reward.count('class="whisker"') == 4 and reward.count('class="bar"') == 2
+    assert "accuracy by margin" in reward and "0.3 to 2 · right 0.900 · 150 pairs" in html.unescape(reward)
     assert "ECE" not in ppo and "frontier:" not in reward
 
 

@@ -135,6 +135,18 @@ CASES = {
         {"data": data("preferences.jsonl", max_length=40), "optim": {"lr": 0.01}, "train": train(save_every=2)},
         parents={"model": "sft"},
     ),
+    "reward_ranked": Case(
+        "align.reward",
+        {
+            "data": data("rankings.jsonl", max_length=40, responses="responses", ranks="ranks"),
+            "tie_threshold": 0.5,
+            "lora": {"rank": 2, "dropout": 0.1},
+            "optim": {"lr": 0.01},
+            "train": train(save_every=2, micro_batch=3),
+        },
+        world=2,
+        parents={"model": "sft"},
+    ),
     "ppo": Case(
         "align.ppo",
         {
@@ -195,7 +207,12 @@ def write_data(folder: Path) -> None:
     pairs = [(f"{' '.join(rng.choices(WORDS, k=3))} {i}?", *rng.sample(WORDS, 2)) for i in range(60)]
     chats = [{"prompt": prompt, "completion": right} for prompt, right, _ in pairs]
     preferences = [{"prompt": prompt, "chosen": right, "rejected": wrong} for prompt, right, wrong in pairs]
-    for name, records in (("chats", chats), ("preferences", preferences), ("pairs", captions)):
+    rankings = [
+        {"prompt": prompt, "responses": [*both, *rng.sample(WORDS, i % 3)], "ranks": [0, 2, 1, 2][: 2 + i % 3]}
+        for i, (prompt, *both) in enumerate(pairs)
+    ]
+    files = {"chats": chats, "preferences": preferences, "rankings": rankings, "pairs": captions}
+    for name, records in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
