@@ -10,7 +10,7 @@ import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from fledge import artifact
 from fledge.errors import InputError
@@ -245,9 +245,8 @@ def command(conversation: Conversation, line: str) -> None:
         say(f"{name} is no command: {HELP}")
 
 
-def reply(conversation: Conversation, line: str, terminal: bool, out: TextIO | None = None) -> None:
+def reply(conversation: Conversation, line: str, terminal: bool) -> None:
     """Print the answer as it comes, and a newline; a refused line is answered by an empty one."""
-    out = out or sys.stdout
     try:
         forgotten, pieces = conversation.ask(line)
     except InputError as error:
@@ -257,14 +256,14 @@ def reply(conversation: Conversation, line: str, terminal: bool, out: TextIO | N
         say(f"the context is full: the oldest {forgotten} exchange{'s' * (forgotten > 1)} forgotten")
     try:
         for piece in pieces:
-            out.write(printable(piece) if terminal else piece)
-            out.flush()
+            sys.stdout.write(printable(piece) if terminal else piece)
+            sys.stdout.flush()
     except KeyboardInterrupt:
         if not terminal:
             raise
         pieces.close()  # type: ignore[union-attr]
-    out.write("\n")
-    out.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
 
 
 def printable(text: str) -> str:

@@ -194,6 +194,10 @@ def _anchor(x: Scale, value: float) -> str:
 # ------------------------------------------------------------------------------------------------------------ points
 
 
+Line = tuple[str, Sequence[tuple[float, float]]]
+"""A line of a scatter: its class, and where it goes."""
+
+
 @dataclass
 class Mark:
     """A point of a scatter: what it says under the pointer, its interval, its radius, its weight from 0 to 1."""
@@ -214,15 +218,18 @@ def scatter(
     y_label: str,
     *,
     path: Sequence[tuple[float, float]] = (),
+    lines: Sequence[Line] = (),
     diagonal: bool = False,
     x_limits: tuple[float, float] | None = None,
     y_limits: tuple[float, float] | None = None,
     bars: Sequence[tuple[float, float, float]] = (),
 ) -> str:
-    """One quantity against another. `path`: a line behind the points; `bars`: (from, to, share of the height)."""
+    """One quantity against another. `path`, `lines`: behind the points; `bars`: (from, to, share of the height)."""
     if not marks:
         return _empty("nothing measured")
+    lines = [("line", path), *lines] if path else lines
     heights = [v for m in marks for v in (m.y, m.low, m.high) if v is not None]
+    heights += [y for _, points in lines for _, y in points]
     x = Scale(*(x_limits or _limits([m.x for m in marks])), LEFT, RIGHT)
     y = Scale(*(y_limits or _limits(heights)), 160, 22)
     body = "".join(_bar(x(a) + 1, x(b) - 1, y.start, y.start - (y.start - y.end) * share) for a, b, share in bars)
@@ -230,7 +237,7 @@ def scatter(
     if diagonal:
         low, high = max(x.low, y.low), min(x.high, y.high)
         body += _path([(low, low), (high, high)], x, y, "zero") if low < high else ""
-    body += _path(path, x, y, "line") if path else ""
+    body += "".join(_path(points, x, y, css) for css, points in lines)
     body += "".join(_mark(m, x, y) for m in marks)
     hover = {"points": [[x(m.x), y(m.y), m.text] for m in marks]}
     return document(WIDTH, 196, body, f"{y_label} over {x_label}", extra=_hover(hover))

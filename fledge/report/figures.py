@@ -1,4 +1,4 @@
-"""Curves, PPO's frontier, a reward model's calibration."""
+"""Curves, and a reward model's calibration."""
 
 from __future__ import annotations
 
@@ -98,51 +98,6 @@ def compared(group: Sequence[View]) -> str:
     if not drawn:
         return ""
     return f"<h3>{escape(group[0].stage)}</h3><div class=charts>{''.join(drawn)}</div>"
-
-
-# --------------------------------------------------------------------------------------------------- PPO's frontier
-
-
-def frontier(view: View) -> str:
-    """What a policy gained against how far it went from its reference (Gao et al. 2023, "Scaling Laws for Reward Model
-    Overoptimization"): the score that it learned from, update by update, and the judged score before and after."""
-    scores = dict(view.series("train/objective/score"))
-    both = [(step, kl, scores.get(step)) for step, kl in view.series("train/objective/kl")]
-    seen = [(step, kl, score) for step, kl, score in both if kl is not None and score is not None]
-    parts = [learned(seen)] if len(seen) > 1 else []
-    parts += [judged(view)] if view.stage.endswith(".ppo") else []
-    return f"<div class=charts>{''.join(parts)}</div>" if any(parts) else ""
-
-
-def learned(seen: Sequence[tuple[float, float, float]]) -> str:
-    """(update, KL, score): points that grow darker with time, and their moving mean."""
-    last = max(len(seen) - 1, 1)
-    said = [f"update {step:g} · KL {figure(kl)} · {figure(score)}" for step, kl, score in seen]
-    marks = [
-        svg.Mark(kl, score, text, radius=2.6, weight=0.2 + 0.7 * i / last)
-        for i, ((_, kl, score), text) in enumerate(zip(seen, said, strict=True))
-    ]
-    window = max(3, len(seen) // 6)
-    means = [svg.smooth([(s, p[i]) for s, *p in seen], window) for i in (0, 1)]
-    path = [(a, b) for (_, a), (_, b) in zip(*means, strict=True) if a is not None and b is not None]
-    drawing = svg.scatter(marks, "KL to the reference, nats an answer", "score by the reward", path=path)
-    return framed("frontier: what it learned from", "", drawing)
-
-
-def judged(view: View) -> str:
-    """The first score before and after, by whoever judged held-out answers."""
-    score, kl = next(iter(view.scores), None), view.measured.get("kl")
-    if score is None or score.before is None or kl is None:
-        return ""
-    marks = [
-        svg.Mark(0.0, score.before, f"before · {figure(score.before)}", css="start", radius=4),
-        svg.Mark(kl, score.after, f"after · KL {figure(kl)} · {figure(score.after)}", score.low, score.high, radius=4),
-    ]
-    path = [(0.0, score.before), (kl, score.after)]
-    drawing = svg.scatter(marks, "KL to the reference, nats an answer", score.metric, path=path)
-    return framed(
-        f"frontier: {escape(score.metric)}, held out", f"{figure(score.before)} → {figure(score.after)}", drawing
-    )
 
 
 # -------------------------------------------------------------------------------------------------------- calibration

@@ -18,6 +18,7 @@ from fledge.errors import InputError
 from fledge.evals.score import Score
 from fledge.progress import clock
 from fledge.report.figures import compared
+from fledge.report.frontier import followed
 from fledge.report.lineage import lineage
 from fledge.report.markup import digits, numeric, signed
 from fledge.report.stage import health, section
@@ -180,7 +181,7 @@ def row(cells: Sequence[str], first: bool) -> str:
 
 def side_by_side(views: Sequence[View]) -> str:
     """Runs of the same stage in the same charts, where there are several."""
-    shown = "".join(compared(group) for group in alike(views))
+    shown = "".join(compared(group) + followed(group) for group in alike(views))
     return f"<section id=compared><h2>Side by side</h2>{shown}</section>" if shown else ""
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from fledge.evals.score import Score
 from fledge.progress import clock
-from fledge.report.figures import calibration, charts, frontier
+from fledge.report.figures import calibration, charts
+from fledge.report.frontier import frontier
 from fledge.report.markup import details, digits, table, terms
 from fledge.report.media import gallery
 from fledge.report.view import HEALTH, View

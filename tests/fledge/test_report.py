@@ -267,6 +267,43 @@ def test_the_frontier_and_the_calibration(tmp_path):
     assert "ECE" not in ppo and "frontier:" not in reward
 
 
+def policy_run(out, name, alpha, beta, steps=96, measured=True):
+    """A PPO run whose held-out gold follows Gao et al.'s curve exactly, and whose reward rises with d."""
+
+    def extra(step, rng):
+        kl = 0.0 if step < 8 else (step + 1) / 12
+        d = math.sqrt(kl)
+        gold = 0.7 + (d * (alpha - beta * math.log(d)) if d else 0.0)
+        return {"eval/kl": kl, "eval/score": gold, "eval/reward": -1 + d / 4} if (step + 1) % 8 == 0 else {}
+
+    run = make(out, name, "align.ppo", "chat-model", finish=False, extra=extra, steps=steps)
+    if measured:
+        save = lambda folder: (folder / "model.safetensors").write_bytes(name.encode())  # noqa: E731
+        scores = [Score("gold score", 0.5, 320, 0.4, 0.6, before=0.7)]
+        run.publish("chat-model", save, scores, architecture={}, step=steps, kl=8.0)
+
+
+def test_gold_and_proxy_over_the_root_of_kl(tmp_path):
+    """The peak of d (α - β log d) is at KL = exp(2 (α / β - 1)): e for 1.5, and below the first point for .2."""
+    policy_run(tmp_path, "one", 0.3, 0.2)
+    policy_run(tmp_path, "two", 0.02, 0.1)
+    text = html.unescape(report.write(report.runs_of(tmp_path), tmp_path / "report.html").read_text())
+    Page(text)
+    shared = text.partition("<section id=compared>")[2].partition("</section>")[0]
+    assert "judged: gold score" in shared and "its reward, the proxy" in shared
+    assert "one <b>peak at KL 2.7 [2.7, 2.7]</b>" in shared and "two <b>peak before KL 1.3</b>" in shared
+    assert f"one · peak of the fit at KL {math.e:.4g} · +{0.2 * math.exp(0.5):.3g}" in shared
+    assert 'class="dot c1"' in shared and 'class="line c1"' in shared
+    alone = section(text, "one")
+    assert alone.count("how far it can be followed") == 2 and 'class="dot c1"' in alone
+
+
+def test_a_frontier_of_few_points_has_no_fit(tmp_path):
+    policy_run(tmp_path, "short", 0.3, 0.2, steps=24, measured=False)
+    text = report.write(report.runs_of(tmp_path), tmp_path / "report.html").read_text()
+    assert "how far it can be followed" in text and "peak" not in section(text, "short")
+
+
 def test_wilson_intervals():
     """Newcombe 1998, table I: 81 of 263 and 0 of 20."""
     assert figures.wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
