@@ -30,6 +30,9 @@ class Prompts:
     def __len__(self):
         return len(self.ids)
 
+    def inputs(self, ids):
+        return {}
+
 
 PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10], [5, 5, 5], [4, 8, 9], [10]]
 
