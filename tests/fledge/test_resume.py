@@ -126,9 +126,16 @@ CASES = {
         "align.ppo",
         {
             "data": data("chats.jsonl", max_length=40),
-            "rollout": {"batch": 16, "max_new_tokens": 8, "temperature": 1.0},
+            "rollout": {
+                "batch": 16,
+                "max_new_tokens": 8,
+                "temperature": 1.0,
+                "score_norm": "standardise",
+                "score_clip": 2.0,
+            },
             "kl": {"target": 1.0, "horizon": 100},
-            "ppo": {"num_ppo_epochs": 2},
+            "ppo": {"num_ppo_epochs": 2, "target_kl": 1e-3, "ema": 0.9},
+            "ptx": {"data": TEXT, "coef": 0.1, "rows": 2},
             "optim": {"lr": 0.001, "clip": 1.0},
             "evaluation": {"prompts": 8},
             "train": train(micro_batch=3),
