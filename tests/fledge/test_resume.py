@@ -134,7 +134,7 @@ CASES = {
                 "score_clip": 2.0,
             },
             "kl": {"target": 1.0, "horizon": 100},
-            "ppo": {"num_ppo_epochs": 2, "target_kl": 1e-3, "ema": 0.9},
+            "ppo": {"num_ppo_epochs": 2, "target_kl": 3e-4, "ema": 0.9},
             "ptx": {"data": TEXT, "coef": 0.1, "rows": 2},
             "optim": {"lr": 0.001, "clip": 1.0},
             "evaluation": {"prompts": 8},
