@@ -1,7 +1,7 @@
 """The known optimum of tests/align/test_ppo.py with two tokens, and the mistakes that it finds.
 
-As measured on seeds 0 and 1: correct .98 and .99 of what is attainable; the temperature forgotten .85 and .88; the sign of
-the KL, a score or a mask off by one: below .6.
+As measured on seeds 0 and 1: correct .98 and .99 of what is attainable; the temperature forgotten .85 and .88; the sign
+of the KL, a score or a mask off by one: below .6.
 """
 
 import pytest
