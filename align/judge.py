@@ -72,6 +72,7 @@ class Questions(NamedTuple):
             temperature=0.0 if self.greedy else self.temperature,
             precision=self.precision,
             rows=self.rows,
+            inputs=self.prompts.inputs(chosen),
         )
 
     def kl(self, after: nn.Module, before: nn.Module, answers: Batch) -> float:

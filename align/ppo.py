@@ -4,48 +4,50 @@
 
 An iteration: answer ``rollout.batch`` prompts with the live policy; score the answers; subtract the KL to the reference
 token by token; estimate advantages; then pass over them ``num_ppo_epochs`` times in minibatches of ``train.batch``.
-The rollout is a data source: ``Rollouts`` is the algorithm, the loop is the one of every method.
+The rollout is a data source: ``align/rollouts.py`` is the algorithm, the loop is the one of every method.
 
 B rows, P prompt positions (padded on the left), T response positions (padded on the right). In every mask 1 is real.
 """
 
+import contextlib
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from align import judge, rlhf, scorers
+from align import judge, ptx, rlhf, scorers
+from align.ptx import Pretraining
 from align.rollout import (
     PromptsConfig,
     ValueModel,
-    answer,
-    decode,
-    in_pieces,
+    inputs_of,
     read_prompts,
     response_logits,
     responses,
     trim,
     value_head,
 )
-from align.scorers import Ensemble, Part, Scorer
+from align.rollouts import KL, Rollout, Rollouts
+from align.scorers import Ensemble, Part
 from fledge import artifact, distributed
 from fledge.artifact import Artifact
 from fledge.config import Config as BaseConfig
-from fledge.config import Duration, StageConfig, hardware, parent, resolve
-from fledge.data.chats import Prompts
+from fledge.config import Duration, StageConfig, parent, resolve
 from fledge.data.records import Split
+from fledge.ema import Average
 from fledge.errors import InputError
 from fledge.models import language, reward_model
 from fledge.optim import OptimConfig, adamw
-from fledge.stream import Batch, Permutation, cut, derive, rows_of
+from fledge.stream import Batch, derive, share
 from fledge.track import Run, TrackConfig
 from fledge.train import TrainConfig, fit
 
 WRITES = "chat-model"
+Watch = Callable[[int], dict[str, float]]
 
 
 class Parents(BaseConfig):
@@ -57,32 +59,6 @@ class Parents(BaseConfig):
     """Another one, for ``rewards``."""
     reward_3: str | None = parent(*reward_model.KINDS, required=False)
     """A third one."""
-
-
-class Rollout(BaseConfig):
-    """How answers come about. Defaults: Huang et al. 2024."""
-
-    batch: PositiveInt = 512
-    """Answers of one iteration, over all ranks; a multiple of ``train.batch``."""
-    max_new_tokens: PositiveInt = 53
-    temperature: PositiveFloat = 0.7
-    """Of sampling, and therefore of every log-probability, the reference's too."""
-    missing_eos_penalty: float | None = 1.0
-    """For answers that do not end themselves: their score becomes minus this, or is lowered by it."""
-    missing_eos: Literal["replace", "subtract"] = "replace"
-    generate_batch: PositiveInt | None = hardware(None)
-    """The most rows that are generated together on one rank; None: all of them."""
-
-
-class KL(BaseConfig):
-    """The price of leaving the reference. Defaults: fixed at .05, k1 (Huang et al. 2024)."""
-
-    coef: float = Field(0.05, ge=0)
-    estimator: rlhf.KLEstimator = "k1"
-    target: PositiveFloat | None = None
-    """If given, the coefficient is steered so that the KL of an answer becomes this (Ziegler et al.: 6, coef .15)."""
-    horizon: PositiveFloat = 10_000
-    """Of the controller, in answers."""
 
 
 class Algorithm(BaseConfig):
@@ -100,6 +76,13 @@ class Algorithm(BaseConfig):
     """Variances over n - 1, as TRL and verl have it; off: over n, as the papers' code has it."""
     reward_at: rlhf.RewardAt = "last_token"
     """Where the score stands. after_eos: one position late, as Huang et al. and TRL 1.12 have it."""
+    target_kl: PositiveFloat | None = None
+    """An early stop: once the mean ``approxkl`` of an update is beyond this, the policy has left the one that answered
+    too far behind, and the updates that remain of the iteration are skipped, though counted (Spinning Up and
+    Stable-Baselines3: 1.5 times .01, looked at before the update; here, as in CleanRL, the update is made)."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Momentum of the policy's average over updates, which is then judged and handed over in its place (InstructGPT:
+    .992); answers come from the policy itself."""
 
 
 class Value(BaseConfig):
@@ -163,6 +146,8 @@ class Config(StageConfig):
     rollout: Rollout = Rollout()
     kl: KL = KL()
     ppo: Algorithm = Algorithm()
+    ptx: Pretraining | None = None
+    """Pretraining text beside PPO (InstructGPT's PPO-ptx); None: none."""
     value: Value = Value()
     optim: Optim = Optim()
     train: Train = Train()
@@ -201,14 +186,23 @@ class PPO(nn.Module):
     """Clipped policy and value losses on rows of a rollout. Policy and value run without dropout, always.
 
     A batch: ``input_ids``, ``attention_mask`` (B, P + T); ``response_mask``, ``reward_mask``, ``old_logprobs``,
-    ``old_values``, ``advantages``, ``returns`` (B, T); and figures of the rollout, (B,), whose names hold a "/": they
+    ``old_values``, ``advantages``, ``returns`` (B, T); ``inputs.NAME`` and ``ptx_*`` (B, …) where there are pictures or
+    text; and figures of the rollout, (B,), whose names hold a "/": they
     are averaged and logged as they are.
     """
 
-    def __init__(self, policy: nn.Module, value: ValueModel, config: Algorithm, temperature: float) -> None:
+    def __init__(
+        self,
+        policy: nn.Module,
+        value: ValueModel,
+        config: Algorithm,
+        temperature: float,
+        ptx_coef: float | None = None,
+    ) -> None:
         super().__init__()
         self.policy, self.value, self.config, self.temperature = policy, value, config, temperature
-        self.weights = {"policy_loss": 1.0, "value_loss": config.vf_coef}
+        self.weights = {"policy_loss": 1.0, "value_loss": config.vf_coef} | ({"ptx_loss": ptx_coef} if ptx_coef else {})
+        self.average = Average(policy, config.ema) if config.ema else None
         self.train()
 
     def train(self, mode: bool = True) -> "PPO":
@@ -220,11 +214,13 @@ class PPO(nn.Module):
         tokens, valued = int(batch["response_mask"].sum()), int(batch["reward_mask"].sum())
         names = ("policy_loss", "clipfrac", "approxkl", "ratio", "entropy")
         rows = {name: len(x) for name, x in batch.items() if "/" in name}
-        return dict.fromkeys(names, tokens) | {"value_loss": valued} | rows
+        text = {"ptx_loss": ptx.tokens(batch)} if "ptx_loss" in self.weights else {}
+        return dict.fromkeys(names, tokens) | {"value_loss": valued} | text | rows
 
     def tokens(self, batch: Batch) -> int:
         """Tokens that are not padding."""
-        return int(batch["attention_mask"].sum())
+        text = int((batch["ptx_document"] > 0).sum()) if "ptx_loss" in self.weights else 0
+        return int(batch["attention_mask"].sum()) + text
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         batch, config = trim(batch), self.config
@@ -239,14 +235,28 @@ class PPO(nn.Module):
         with torch.no_grad():
             entropy = rlhf.masked_sum(rlhf.entropy(logits.detach(), self.temperature), mask)
         figures = {name: x.sum() for name, x in batch.items() if "/" in name}
-        return {
-            "policy_loss": policy.loss,
-            "value_loss": value_loss,
-            "clipfrac": policy.clipfrac,
-            "approxkl": policy.approxkl,
-            "ratio": policy.ratio,
-            "entropy": entropy,
-        } | figures
+        text = {"ptx_loss": ptx.loss(self.policy, batch)} if "ptx_loss" in self.weights else {}
+        return (
+            {
+                "policy_loss": policy.loss,
+                "value_loss": value_loss,
+                "clipfrac": policy.clipfrac,
+                "approxkl": policy.approxkl,
+                "ratio": policy.ratio,
+                "entropy": entropy,
+            }
+            | text
+            | figures
+        )
+
+    def after_step(self, step: int, means: dict[str, Tensor]) -> None:
+        """Move the average."""
+        if self.average is not None:
+            self.average.update(self.policy)
+
+    def handed_over(self) -> contextlib.AbstractContextManager:
+        """In here the policy is what is judged and handed over: its average, where there is one."""
+        return self.average.in_place_of(self.policy) if self.average is not None else contextlib.nullcontext()
 
     def logprobs(self, model: nn.Module, batch: Batch) -> Tensor:
         """Of the response tokens under ``model``, the policy or the reference. (B, T)"""
@@ -255,136 +265,7 @@ class PPO(nn.Module):
     def values(self, batch: Batch) -> Tensor:
         """The value before each response token. (B, T)"""
         T = batch["response_mask"].shape[1]
-        return self.value(batch["input_ids"], batch["attention_mask"])[:, -T - 1 : -1]
-
-
-# --------------------------------------------------------------------------------------------------------- rollouts
-
-
-class Rollouts:
-    """The stream of PPO: every ``updates`` steps, answers of the live policy with their advantages.
-
-    All ranks hold the whole rollout (it is small), so that a minibatch may take its rows from any of them and
-    advantages are whitened over all. The state is the rollout and the KL coefficient: a save is exact at any update.
-    """
-
-    on_policy = True
-
-    def __init__(
-        self, objective: PPO, reference: nn.Module, prompts: Prompts, scorer: Scorer, tokenizer: Any, config: Config
-    ) -> None:
-        self.objective, self.reference, self.prompts, self.scorer = objective, reference, prompts, scorer
-        self.tokenizer, self.config, self.seed, self.batch = tokenizer, config.rollout, config.seed, config.train.batch
-        self.kl, self.precision, self.micro_batch = config.kl, config.train.precision, config.train.most_rows
-        self.minibatches = config.rollout.batch // self.batch
-        self.updates = config.ppo.num_ppo_epochs * self.minibatches  # steps of one iteration
-        self.steps_per_epoch = max(1, len(prompts) // config.rollout.batch) * self.updates
-        self.iteration, self.kl_coef = -1, config.kl.coef
-        self.rollout: Batch = {}
-
-    def begin(self, step: int) -> None:
-        """At the first update of an iteration: roll out."""
-        iteration = step // self.updates
-        if iteration == self.iteration:
-            return
-        if self.rollout and self.kl.target is not None:
-            mean_kl = self.rollout["objective/kl"].mean().item()
-            self.kl_coef = rlhf.adaptive_kl_coef(
-                self.kl_coef, mean_kl, self.kl.target, self.config.batch, self.kl.horizon
-            )
-        mine = cut(self.config.batch, distributed.world_size())[distributed.rank()]
-        parts = distributed.gather_objects(self.evaluate(self.respond(iteration, mine), iteration, mine))
-        everywhere = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        self.rollout, self.iteration = trim(self.with_advantages(everywhere)), iteration
-
-    def prompt_ids(self, iteration: int) -> list[int]:
-        """The prompts of an iteration: a new order in every pass over them, without a gap between passes."""
-        first, n = iteration * self.config.batch, len(self.prompts)
-        places = [divmod(first + row, n) for row in range(self.config.batch)]
-        orders = {epoch: Permutation(n, "prompts", self.seed, epoch) for epoch, _ in places}
-        return [orders[epoch][k] for epoch, k in places]
-
-    def respond(self, iteration: int, mine: slice) -> Batch:
-        """This rank's rows: prompts, padded to the longest of all ranks, and the policy's answers."""
-        chosen = self.prompt_ids(iteration)
-        width = max(len(self.prompts.ids[i]) for i in chosen)
-        # A prompt may come twice in one iteration; its row tells the two answers apart.
-        seeds = [derive("generation", self.seed, iteration, i, row) for row, i in enumerate(chosen)]
-        return answer(
-            self.objective.policy,
-            [self.prompts.ids[i] for i in chosen[mine]],
-            seeds[mine],
-            self.tokenizer,
-            max_new_tokens=self.config.max_new_tokens,
-            temperature=self.config.temperature,
-            precision=self.precision,
-            width=width,
-            rows=self.config.generate_batch,
-        )
-
-    def evaluate(self, batch: Batch, iteration: int, mine: slice) -> Batch:
-        """Log-probabilities, values and scores of this rank's rows, by the forward that training uses."""
-        objective, mask = self.objective, batch["response_mask"]
-        batch["reward_mask"] = rlhf.reward_mask(mask, objective.config.reward_at)
-        records = [self.prompts.records[i] for i in self.prompt_ids(iteration)[mine]]
-        figures = self.scorer.figures(records, decode(self.tokenizer, batch), batch)
-        last = responses(batch).gather(1, mask.sum(dim=1, keepdim=True) - 1).squeeze(1)
-        eos_id = -1 if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
-
-        def run(function: Callable[[Batch], Tensor]) -> Tensor:
-            return in_pieces(function, batch, self.precision, self.micro_batch)
-
-        return batch | {
-            "old_logprobs": run(lambda piece: objective.logprobs(objective.policy, piece)),
-            "ref_logprobs": run(lambda piece: objective.logprobs(self.reference, piece)),
-            "old_values": run(objective.values),
-            **{f"objective/{name}": figure.float() for name, figure in figures.items()},
-            "objective/ended": (last == eos_id).float(),
-            "objective/length": mask.sum(dim=1).float(),
-        }
-
-    def with_advantages(self, batch: Batch) -> Batch:
-        """Rewards, advantages and returns of the whole rollout; advantages whitened over all its tokens, once."""
-        config, mask, paid = self.objective.config, batch["response_mask"], batch["reward_mask"]
-        ref_logprobs = batch.pop("ref_logprobs")
-        kl = rlhf.kl_estimate(batch["old_logprobs"], ref_logprobs, self.kl.estimator)
-        scores = rlhf.penalise_missing_eos(
-            batch["objective/score"], batch["objective/ended"], self.config.missing_eos_penalty, self.config.missing_eos
-        )
-        rewards = rlhf.token_rewards(kl, scores, mask, self.kl_coef, config.reward_at)
-        if config.whiten_rewards:
-            rewards = rlhf.whiten(rewards, paid, unbiased=config.unbiased_whitening, shift_mean=False)
-        advantages, returns = rlhf.gae(rewards, batch["old_values"], paid, config.gamma, config.gae_lambda)
-        k1 = torch.where(mask.bool(), batch["old_logprobs"] - ref_logprobs, 0.0)
-        explained = rlhf.explained_variance(batch["old_values"], returns, paid)
-        return batch | {
-            "advantages": rlhf.whiten(advantages, mask, unbiased=config.unbiased_whitening),
-            "returns": returns,
-            "objective/kl": k1.sum(dim=1),
-            "objective/kl_coef": torch.full_like(scores, self.kl_coef),
-            "val/explained_variance": explained.expand_as(scores).clone(),
-        }
-
-    def ids(self, step: int) -> list[int]:
-        """The rows of a minibatch: every PPO epoch cuts the rollout along a new permutation."""
-        epoch, k = divmod(step % self.updates, self.minibatches)
-        order = Permutation(self.config.batch, "minibatch", self.seed, self.iteration, epoch)
-        return [order[i] for i in range(k * self.batch, (k + 1) * self.batch)]
-
-    def fetch(self, ids: Sequence[int], step: int) -> Batch:
-        """Those rows of the rollout, the short answers together, so that micro-batches carry little padding."""
-        rows = torch.tensor(ids)
-        rows = rows[self.rollout["response_mask"][rows].sum(dim=1).argsort(stable=True)]
-        return trim(rows_of(self.rollout, rows))
-
-    def observe(self, step: int, means: dict[str, Tensor]) -> None:
-        """The KL of the rollout itself steers the controller, when the next one begins."""
-
-    def state(self) -> tuple[Batch, dict]:
-        return self.rollout, {"iteration": self.iteration, "kl_coef": self.kl_coef}
-
-    def load(self, tensors: Batch, state: dict) -> None:
-        self.rollout, self.iteration, self.kl_coef = dict(tensors), state["iteration"], state["kl_coef"]
+        return self.value(batch["input_ids"], batch["attention_mask"], **inputs_of(batch))[:, -T - 1 : -1]
 
 
 # ------------------------------------------------------------------------------------------------------------- stage
@@ -420,13 +301,49 @@ def choose_trainable(policy: nn.Module, pattern: str | None) -> list[nn.Paramete
     return chosen
 
 
-def check_length(config: Config, policy: Any, artifact_: Artifact) -> None:
-    room, wanted = policy.config.max_position_embeddings, config.data.max_length + config.rollout.max_new_tokens
-    if wanted > room:
+def check(config: Config, policy: Any, tokenizer: Any, parents: dict[str, Artifact]) -> None:
+    """Refuse what cannot be, before anything is trained.
+
+    Raises:
+        InputError: rows are longer than a parent has positions; fewer rows than processes; no token ends an answer.
+    """
+    wanted = config.data.max_length + config.rollout.max_new_tokens
+    for role, at in parents.items():
+        room = policy.config.max_position_embeddings if role == "policy" else positions(at)
+        if room is not None and wanted > room:
+            raise InputError(
+                f"data.max_length {config.data.max_length} + rollout.max_new_tokens {config.rollout.max_new_tokens} = "
+                f"{wanted} tokens, but {at.path} has {room} positions; lower one of them"
+            )
+    if config.ptx is not None:
+        language.check_length(policy, config.ptx.data.seq_len, "ptx.data.seq_len")
+    if config.rollout.missing_eos_penalty is not None and tokenizer.eos_token_id is None:
         raise InputError(
-            f"data.max_length {config.data.max_length} + rollout.max_new_tokens {config.rollout.max_new_tokens} = "
-            f"{wanted} tokens, but {artifact_.path} has {room} positions; lower one of them"
+            f"the tokenizer of {parents['policy'].path} has no end-of-sequence token: no answer ends itself, "
+            "and all would be penalised; set rollout.missing_eos_penalty: null"
         )
+    share(config.train.batch, 0, distributed.world_size(), config.train.most_rows)
+
+
+def positions(at: Artifact) -> int | None:
+    """How many positions the language models of an artifact have, where their configs say so."""
+    from transformers import AutoConfig
+
+    folders = [member.path for member in reward_model.members(at)]
+    configs = [AutoConfig.from_pretrained(folder, local_files_only=True) for folder in folders]
+    return min(
+        (n for config in configs if (n := getattr(config, "max_position_embeddings", None)) is not None), default=None
+    )
+
+
+def handed_over(objective: PPO, watch: Watch) -> Watch:
+    """An evaluation of what would be handed over now."""
+
+    def measure(step: int) -> dict[str, float]:
+        with objective.handed_over():
+            return watch(step)
+
+    return measure
 
 
 def main(config: Config) -> Artifact:
@@ -438,7 +355,7 @@ def main(config: Config) -> Artifact:
     with Run.open(config, parents) as run:
         tokens = language.read_tokenizer(parents["policy"])
         policy = language.read(parents["policy"])
-        check_length(config, policy, parents["policy"])
+        check(config, policy, tokens, parents)
         prompts = read_prompts(config.data, tokens, "train")
         run.say(prompts.report())
         scorer = scorers.build(
@@ -449,8 +366,10 @@ def main(config: Config) -> Artifact:
         torch.manual_seed(derive("init", config.seed))
         value = build_value(config.value, policy, parents)
         learning = choose_trainable(policy, config.trainable)
-        objective = PPO(policy, value, config.ppo, config.rollout.temperature).to(device)
-        stream = Rollouts(objective, reference, prompts, scorer, tokens, config)
+        text = ptx.Text(config.ptx, tokens, config.seed) if config.ptx else None
+        coef = config.ptx.coef if config.ptx else None
+        objective = PPO(policy, value, config.ppo, config.rollout.temperature, coef).to(device)
+        stream = Rollouts(objective, reference, prompts, scorer, tokens, config, text)
         steps = resolve(config.train.steps, stream.steps_per_epoch)
         warmup = resolve(config.value.warmup, stream.steps_per_epoch)
         if warmup >= steps:
@@ -476,24 +395,25 @@ def main(config: Config) -> Artifact:
 
         watch = None
         if config.train.eval_every:
-            watch = judge.watch(referee, scorer, policy, reference, questions("validation"))
+            watch = handed_over(objective, judge.watch(referee, scorer, policy, reference, questions("validation")))
         fit(objective, stream, optim, config.train, run, steps=steps, seed=config.seed, evaluate=watch)
 
-        scores, kl = [], {}
-        if run.measures:
-            asked = questions(config.evaluation.split)
-            scores, table, kl["kl"] = judge.compare(referee, reference, policy, asked)
-            run.samples("answers", table, "Held-out prompts, answered before and after")
-        return run.publish(
-            WRITES,
-            lambda folder: language.save(policy, tokens, folder),
-            scores,
-            architecture={"name": type(policy).__name__, "parameters": language.size(policy)},
-            preprocessing={**parents["policy"].preprocessing, "template": config.data.template},
-            data={"fingerprint": config.data.fingerprint(), "prompts": len(prompts), "skipped": prompts.skipped},
-            step=steps,
-            **kl,
-        )
+        with objective.handed_over():
+            scores, kl = [], {}
+            if run.measures:
+                asked = questions(config.evaluation.split)
+                scores, table, kl["kl"] = judge.compare(referee, reference, policy, asked)
+                run.samples("answers", table, "Held-out prompts, answered before and after")
+            return run.publish(
+                WRITES,
+                lambda folder: language.save(policy, tokens, folder),
+                scores,
+                architecture={"name": type(policy).__name__, "parameters": language.size(policy)},
+                preprocessing={**parents["policy"].preprocessing, "template": config.data.template},
+                data={"fingerprint": config.data.fingerprint(), "prompts": len(prompts), "skipped": prompts.skipped},
+                step=steps,
+                **kl,
+            )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ et al. 2024 ("The N+ implementation details of RLHF with PPO", arXiv:2403.17031)
 divergence", a note) for k1, k2 and k3.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 KLEstimator = Literal["k1", "k2", "k3"]
+ScoreNorm = Literal["standardise", "scale"]
 RewardAt = Literal["last_token", "after_eos"]
 
 
@@ -104,6 +106,37 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, temperature: float = 1.0) -> Te
 
 
 # ----------------------------------------------------------------------------------------------- from scores to rewards
+
+
+class Moments(NamedTuple):
+    """Count, mean and sum of squared deviations of all numbers seen so far."""
+
+    count: int = 0
+    mean: float = 0.0
+    m2: float = 0.0
+
+    def merged(self, x: Tensor) -> "Moments":
+        """With the numbers of `x` too, in float64: M2 = M2_a + M2_b + δ² n_a n_b / n (Chan, Golub and LeVeque 1979)."""
+        x = x.double()
+        n, delta = self.count + x.numel(), x.mean().item() - self.mean
+        m2 = ((x - x.mean()) ** 2).sum().item()
+        return Moments(n, self.mean + delta * x.numel() / n, self.m2 + m2 + delta**2 * self.count * x.numel() / n)
+
+    @property
+    def std(self) -> float:
+        """sqrt(M2 / n + 1e-8): that of all numbers, over n, as `whiten` has it."""
+        return math.sqrt(self.m2 / max(self.count, 1) + 1e-8)
+
+
+def normalise_scores(scores: Tensor, moments: Moments, norm: ScoreNorm | None, clip: float | None) -> Tensor:
+    """First normalised by the moments of all scores so far, these among them, then clipped to ±clip. (B,) -> (B,)
+
+    "standardise": (s - mean) / std, as TRL's former use_score_norm has it; "scale": s / std, as trlx's running
+    scale_reward has it, so that a score keeps its sign.
+    """
+    if norm is not None:
+        scores = (scores - (moments.mean if norm == "standardise" else 0.0)) / moments.std
+    return scores if clip is None else scores.clamp(-clip, clip)
 
 
 def penalise_missing_eos(

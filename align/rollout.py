@@ -2,11 +2,12 @@
 
 B rows, P prompt positions (padded on the left), T response positions (padded on the right), V vocabulary. In every
 mask 1 is real. A batch holds ``input_ids``, ``attention_mask`` (B, P + T), ``response_mask`` (B, T), and more such.
+What a prompt brings beside its ids (pictures) is ``inputs.NAME`` (B, …), every model's argument NAME.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from fledge import distributed
 from fledge.data import chats, world
 from fledge.data.chats import Prompts, RecordsConfig
 from fledge.data.records import Split
+from fledge.errors import RunError
 from fledge.models.sampling import left_pad, position_ids, sample
 from fledge.stream import Batch, cut
 from fledge.train import autocast
@@ -53,6 +55,69 @@ def prompt_records(config: PromptsConfig, split: Split) -> list[dict]:
     return records
 
 
+class Generator(Protocol):
+    """What answers prompts: our sampler, or in its place vLLM, paged generation, or whatever else writes.
+
+    It owes answers of the policy as it is when it is called: it is called at the first update of every iteration, on
+    every rank with that rank's prompts, and must bring its copy of the weights up to date itself. It samples from
+    softmax(logits / temperature), untruncated (no top-k, no top-p): that is what the losses take the policy to be.
+    Its log-probabilities are never asked for. Those of the rollout come from the forward that training uses, because
+    another kernel's differ: in bf16 by up to .05 in the ratio.
+    """
+
+    def __call__(self, prompts: list[list[int]], seeds: list[int], inputs: Batch) -> tuple[Tensor, Tensor]:
+        """ids (B, T) and response_mask (B, T), int64 on the CPU, T = ``max_new_tokens``.
+
+        Args:
+            prompts: their ids, as they are, without padding.
+            seeds: one a row. The same seed, prompt and weights give the same answer, or a resumed run is another run.
+            inputs: what the prompts bring beside ids, (B, …) each, by the name of the model's argument; may be empty.
+
+        The mask is 1 from the first token through the end-of-sequence inclusive, at least once, and 0 after it; an
+        answer without an end-of-sequence has T tokens. What stands under the mask does not matter.
+        """
+        ...
+
+
+class Sampler:
+    """The default: `fledge.models.sampling`, with a cache of keys and values, on the live policy itself."""
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        tokenizer: Any,
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        precision: str,
+        rows: int | None = None,
+    ) -> None:
+        self.policy, self.tokenizer, self.precision, self.rows = policy, tokenizer, precision, rows
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+
+    def __call__(self, prompts: list[list[int]], seeds: list[int], inputs: Batch) -> tuple[Tensor, Tensor]:
+        pad_id = self.tokenizer.pad_token_id or 0
+        ids, mask = left_pad(prompts, pad_id)
+        found = []
+        for piece in cut(len(ids), -(-len(ids) // (self.rows or len(ids)))):
+            here = {name: x[piece].to(distributed.device()) for name, x in inputs.items()}
+            with autocast(self.precision):
+                new = sample(
+                    self.policy,
+                    ids[piece].to(distributed.device()),
+                    mask[piece].to(distributed.device()),
+                    max_new_tokens=self.max_new_tokens,
+                    seeds=seeds[piece],
+                    temperature=self.temperature,
+                    eos_id=self.tokenizer.eos_token_id,
+                    pad_id=pad_id,
+                    inputs=here,
+                )
+            found.append([x.cpu() for x in new])
+        new_ids, new_mask = (torch.cat(x) for x in zip(*found, strict=True))
+        return new_ids, new_mask
+
+
 def answer(
     policy: nn.Module,
     prompts: list[list[int]],
@@ -62,37 +127,49 @@ def answer(
     max_new_tokens: int,
     temperature: float,
     precision: str,
-    width: int = 0,
     rows: int | None = None,
+    inputs: Batch | None = None,
 ) -> Batch:
-    """input_ids, attention_mask (B, P + T) and response_mask (B, T), on the CPU.
+    """What ``policy`` says: input_ids, attention_mask (B, P + T), response_mask (B, T), on the CPU.
 
-    Prompts are padded to at least ``width``; at most ``rows`` are generated together.
+    At most ``rows`` are generated together. ``inputs``: as ``Generator`` has them.
     """
-    pad_id = tokenizer.pad_token_id or 0
+    sampler = Sampler(
+        policy, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, precision=precision, rows=rows
+    )
+    inputs = inputs or {}
+    batch = joined(prompts, sampler(prompts, seeds, inputs), tokenizer.pad_token_id or 0)
+    return batch | {f"{INPUTS}{name}": x for name, x in inputs.items()}
+
+
+def joined(prompts: list[list[int]], said: tuple[Tensor, Tensor], pad_id: int, width: int = 0) -> Batch:
+    """input_ids, attention_mask (B, P + T) and response_mask (B, T): prompts, padded to at least ``width``, and what
+    was said behind them."""
     ids, mask = left_pad(prompts, pad_id)
     left = (max(0, width - ids.shape[1]), 0)
     ids, mask = nn.functional.pad(ids, left, value=pad_id), nn.functional.pad(mask, left)
-    found = []
-    for piece in cut(len(ids), -(-len(ids) // (rows or len(ids)))):
-        with autocast(precision):
-            new = sample(
-                policy,
-                ids[piece].to(distributed.device()),
-                mask[piece].to(distributed.device()),
-                max_new_tokens=max_new_tokens,
-                seeds=seeds[piece],
-                temperature=temperature,
-                eos_id=tokenizer.eos_token_id,
-                pad_id=pad_id,
-            )
-        found.append([x.cpu() for x in new])
-    new_ids, new_mask = (torch.cat(x) for x in zip(*found, strict=True))
+    new_ids, new_mask = said
     return {
         "input_ids": torch.cat([ids, new_ids], dim=1),
         "attention_mask": torch.cat([mask, new_mask], dim=1),
         "response_mask": new_mask,
     }
+
+
+def check_answers(said: tuple[Tensor, Tensor], shape: tuple[int, int], eos_id: int | None, name: str) -> None:
+    """Raise RunError where what a generator said is not what it owes (see ``Generator``)."""
+    ids, mask = said
+    if (*ids.shape,) != shape or (*mask.shape,) != shape:
+        raise RunError(f"{name} gave ids {[*ids.shape]} and a mask {[*mask.shape]}; it owes (rows, T) = {list(shape)}")
+    lengths = mask.sum(dim=1, keepdim=True)  # (B, 1)
+    place = torch.arange(shape[1])
+    if (lengths < 1).any() or not torch.equal(mask.bool(), place < lengths):
+        raise RunError(f"{name} gave a response mask that is not a run of 1s from the first token on")
+    ends = mask.bool() & (ids == (-1 if eos_id is None else eos_id))
+    if (ends & (place < lengths - 1)).any():
+        raise RunError(f"{name} gave an answer that goes on behind its end-of-sequence, token {eos_id}")
+    if not (ends.any(dim=1) | (lengths[:, 0] == shape[1])).all():
+        raise RunError(f"{name} gave an answer that neither ends in the end-of-sequence nor has {shape[1]} tokens")
 
 
 def decode(tokenizer: Any, batch: Batch) -> list[str]:
@@ -104,14 +181,27 @@ def decode(tokenizer: Any, batch: Batch) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ what models say
 
 
+INPUTS = "inputs."
+OVER_ALL = ("input_ids", "attention_mask")
+OVER_RESPONSES = (
+    "response_mask", "reward_mask", "old_logprobs", "ref_logprobs", "old_values", "advantages", "returns"
+)  # fmt: skip
+"""The fields of a batch whose second axis is prompt and response (P + T), or the response (T)."""
+
+
 def trim(batch: Batch) -> Batch:
     """Drop the columns that are padding in every row: left of the longest prompt, right of the longest response."""
     T = batch["response_mask"].shape[1]
     P = batch["input_ids"].shape[1] - T
     longest = batch.get("reward_mask", batch["response_mask"]).sum(dim=1).max()
     first, last = P - int(batch["attention_mask"][:, :P].sum(dim=1).max()), int(longest)
-    columns = {P + T: slice(first, P + last), T: slice(0, last)}
-    return {name: x[:, columns[x.shape[1]]] if x.ndim == 2 else x for name, x in batch.items()}
+    columns = dict.fromkeys(OVER_ALL, slice(first, P + last)) | dict.fromkeys(OVER_RESPONSES, slice(0, last))
+    return {name: x[:, columns[name]] if name in columns else x for name, x in batch.items()}
+
+
+def inputs_of(batch: Batch) -> Batch:
+    """What the prompts bring beside ids, by the name of the model's argument."""
+    return {name.removeprefix(INPUTS): x for name, x in batch.items() if name.startswith(INPUTS)}
 
 
 def response_logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -125,6 +215,7 @@ def response_logits(model: nn.Module, batch: Batch) -> Tensor:
         position_ids=position_ids(mask),
         use_cache=False,
         logits_to_keep=torch.arange(P - 1, P + T - 1, device=mask.device),
+        **inputs_of(batch),
     )
     return out.logits
 
@@ -141,10 +232,12 @@ class ValueModel(nn.Module):
         super().__init__()
         self.trunk, self.head = trunk, head
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, S), (B, S) -> (B, S), in fp32: the head is outside autocast."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """(B, S), (B, S), and what the prompts bring beside ids -> (B, S), in fp32: the head is outside autocast."""
         positions = position_ids(attention_mask)
-        out = self.trunk(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)
+        out = self.trunk(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False, **inputs
+        )
         with torch.autocast(input_ids.device.type, enabled=False):
             return self.head(out.last_hidden_state.to(self.head.weight.dtype)).squeeze(-1)
 

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, model_validator
 from torch import Tensor
 
-from align.rollout import ValueModel, in_pieces
+from align.rollout import ValueModel, in_pieces, inputs_of
 from fledge import distributed
 from fledge.artifact import Artifact
 from fledge.config import Config
@@ -59,7 +59,8 @@ class Part(Config):
 
 
 class Scorer:
-    """What scores finished responses; ``batch`` holds input_ids, attention_mask and response_mask."""
+    """What scores finished responses; ``batch`` holds input_ids, attention_mask and response_mask, and the prompts'
+    ``inputs.NAME``."""
 
     def __call__(self, records: list[dict], texts: list[str], batch: Batch) -> Tensor:
         """(B,)"""
@@ -129,7 +130,8 @@ class ModelScorer(Scorer):
         def last(piece: Batch) -> Tensor:
             T = piece["response_mask"].shape[1]
             index = piece["input_ids"].shape[1] - T + piece["response_mask"].sum(dim=1) - 1
-            return self.value(piece["input_ids"], piece["attention_mask"]).gather(1, index[:, None]).squeeze(1)
+            values = self.value(piece["input_ids"], piece["attention_mask"], **inputs_of(piece))
+            return values.gather(1, index[:, None]).squeeze(1)
 
         raw = in_pieces(last, batch, self.precision, self.micro_batch)
         return {"score": reward_model.calibrated(self.model, raw)}

@@ -167,6 +167,8 @@ class Config(StageConfig):
             raise ValueError(f"reward is what grpo and rloo learn from; {self.trainer} learns from preferences")
         if self.data.label is not None and (self.trainer != "kto" or self.data.source == "world"):
             raise ValueError("data.label is for trainer: kto with data.source: files")
+        if self.data.margin is not None:
+            raise ValueError("data.margin: TRL's losses know no margins of records; align.reward's does")
         return self
 
 

@@ -295,6 +295,7 @@ class Training:
             self.run.log(step, {"train/nonfinite": self.odd.total})
             return {}
         if batch is None:
+            self.run.log(step, {"train/skipped": 1.0})
             return {}
         batch = {name: tensor.to(distributed.device(), non_blocking=True) for name, tensor in batch.items()}
         micro_batches = [rows_of(batch, piece) for piece in micro]

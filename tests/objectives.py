@@ -192,7 +192,7 @@ def reward_plackett_luce() -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def ppo() -> tuple[nn.Module, dict[str, Tensor]]:
-    """A frozen rollout, partly outside both clipping ranges."""
+    """A frozen rollout, partly outside both clipping ranges, with two rows of text beside each answer."""
     from transformers import GPT2LMHeadModel, GPT2Model
 
     from align.ppo import PPO, Algorithm
@@ -203,13 +203,14 @@ def ppo() -> tuple[nn.Module, dict[str, Tensor]]:
     prompt = torch.arange(P) >= torch.randint(0, P - 1, (BATCH, 1))
     response = torch.arange(T) < torch.randint(1, T + 1, (BATCH, 1))
     value = ValueModel(GPT2Model(_gpt2()), value_head(16, "normal"))
-    objective = PPO(GPT2LMHeadModel(_gpt2()), value, Algorithm(), 0.7)
+    objective = PPO(GPT2LMHeadModel(_gpt2()), value, Algorithm(), 0.7, ptx_coef=0.5)
     batch = {"input_ids": ids, "attention_mask": torch.cat([prompt, response], dim=1).long()}
     batch |= {"response_mask": response.long(), "reward_mask": response.long()}
     with torch.no_grad():
         old_logprobs = objective.logprobs(objective.policy, batch) + 0.2 * torch.randn(BATCH, T)
         old_values = objective.values(batch) + 0.2 * torch.randn(BATCH, T)
     batch |= {"old_logprobs": old_logprobs, "old_values": old_values, "advantages": torch.randn(BATCH, T)}
+    batch |= {f"ptx_{name}": x.unflatten(0, (BATCH, 2)) for name, x in _packed(6, rows=2 * BATCH).items()}
     return objective, batch | {"returns": torch.randn(BATCH, T), "objective/score": torch.randn(BATCH)}
 
 

@@ -540,5 +540,9 @@ class Prompts:
         tokens, mask = pad([self.ids[i] for i in ids], self.pad_id, "left")
         return {"input_ids": tokens, "attention_mask": mask}
 
+    def inputs(self, ids: list[int]) -> dict[str, Tensor]:
+        """What they bring beside ids, (B, …) each, by the name of the model's argument: nothing, as they are text."""
+        return {}
+
     def report(self) -> str:
         return report(len(self), self.skipped, self.truncated)

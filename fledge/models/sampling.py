@@ -4,7 +4,7 @@ B rows, P prompt positions (padded on the left), T new tokens, V vocabulary. Wha
 and seed alone: not on its neighbours, their order or their padding (beyond the rounding of the forward).
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ def sample(
     top_k: int | None = None,
     eos_id: int | None = None,
     pad_id: int = 0,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Continue every prompt until it ends itself or ``max_new_tokens`` are said.
 
@@ -51,6 +52,8 @@ def sample(
         top_k: sample among the k most probable tokens only; None: among all.
         eos_id: the token that ends a response; None: none does.
         pad_id: what stands after the end. Only the mask says what is real.
+        inputs: what the prompts bring beside ids, such as pixel_values, (B, …) each; the model sees it with the
+            prompt, and the cache remembers it.
 
     Returns:
         ids (B, T) and response_mask (B, T), 1 through the end-of-sequence token inclusive, T = max_new_tokens.
@@ -63,6 +66,7 @@ def sample(
 
     rows = torch.arange(B, device=input_ids.device)  # the rows that go on
     feed, seen, positions, cache = input_ids, attention_mask, position_ids(attention_mask), None
+    more = inputs or {}
     for t in range(T):
         out = model(
             input_ids=feed,
@@ -71,10 +75,11 @@ def sample(
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **more,
         )
         tokens = choose(out.logits[:, -1], uniform[rows, t], temperature, top_k)  # (rows,)
         ids[rows, t], response_mask[rows, t] = tokens, 1
-        cache = out.past_key_values
+        cache, more = out.past_key_values, {}
         going = tokens != eos_id if eos_id is not None else torch.ones_like(tokens, dtype=torch.bool)
         if not going.all():  # rows that ended cost nothing from here on
             rows, tokens, seen, positions = rows[going], tokens[going], seen[going], positions[going]

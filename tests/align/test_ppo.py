@@ -30,6 +30,19 @@ class Prompts:
     def __len__(self):
         return len(self.ids)
 
+    def inputs(self, ids):
+        return {}
+
+
+class Score(scorers.Scorer):
+    """A function of (records, responses, batch)."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def figures(self, records, texts, batch):
+        return {"score": self.function(records, texts, batch)}
+
 
 PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10], [5, 5, 5], [4, 8, 9], [10]]
 
@@ -437,24 +450,24 @@ def test_value_heads_of_the_references():
 # ------------------------------------------------------------------------------------------------------ known optimum
 
 
-def enumerate_policy(model, prompts, vocab, T):
+def enumerate_policy(model, prompts, vocab, T, temperature=1.0):
     """log π of every response to every prompt by plain forwards: (prompts, vocab ** T), and the responses."""
     every = torch.tensor(list(itertools.product(range(vocab), repeat=T)))
     rows = []
     with torch.no_grad():
         for prompt in prompts:
             ids = torch.cat([torch.tensor([prompt]).expand(len(every), -1), every], dim=1)
-            logp = model(ids).logits.double().log_softmax(-1)[:, len(prompt) - 1 : -1]
+            logp = (model(ids).logits.double() / temperature).log_softmax(-1)[:, len(prompt) - 1 : -1]
             rows.append(logp.gather(2, every[:, :, None])[:, :, 0].sum(1))
     return torch.stack(rows), every
 
 
-def optimise(seed, beta=0.5, iterations=120, symbols=4, T=3, lr=3e-3):
+def optimise(seed, beta=0.5, iterations=120, symbols=4, T=3, lr=3e-3, temperature=1.0, rows=256):
     """(J of the reference, J of the trained policy, the attainable J*), all by enumeration."""
     prompts = [[0], [1], [2]]
     policy = gpt2(seed, symbols, n_positions=8, n_embd=32, initializer_range=0.1)
     policy.eval()
-    log_ref, every = enumerate_policy(policy, prompts, symbols, T)
+    log_ref, every = enumerate_policy(policy, prompts, symbols, T, temperature)
     g = torch.Generator().manual_seed(seed)
     table = 0.5 * torch.randn(log_ref.shape, generator=g, dtype=torch.float64) + 0.4 * (every == symbols - 1).sum(1)
     column = {" ".join(map(str, row)): i for i, row in enumerate(every.tolist())}
@@ -463,16 +476,16 @@ def optimise(seed, beta=0.5, iterations=120, symbols=4, T=3, lr=3e-3):
         return [table[r["id"], column[text]].item() for r, text in zip(records, texts, strict=True)]
 
     settings = config(
-        rollout=ppo.Rollout(batch=256, max_new_tokens=T, temperature=1.0, missing_eos_penalty=None),
+        rollout=ppo.Rollout(batch=rows, max_new_tokens=T, temperature=temperature, missing_eos_penalty=None),
         kl=ppo.KL(coef=beta),
         ppo=ppo.Algorithm(vf_coef=0.5),
-        train=ppo.Train(batch=256, steps=1, precision="fp32"),
+        train=ppo.Train(batch=rows, steps=1, precision="fp32"),
     )
     value = rollout.ValueModel(
         gpt2(seed + 1, symbols, n_positions=8, n_embd=32, initializer_range=0.1).transformer,
         rollout.value_head(32, "zero"),
     )
-    objective = ppo.PPO(policy, value, settings.ppo, 1.0)
+    objective = ppo.PPO(policy, value, settings.ppo, temperature)
     stream = ppo.Rollouts(
         objective,
         copy.deepcopy(policy),
@@ -491,7 +504,7 @@ def optimise(seed, beta=0.5, iterations=120, symbols=4, T=3, lr=3e-3):
         return (log_policy.exp() * (table - beta * (log_policy - log_ref))).sum(1).mean().item()
 
     best = beta * torch.logsumexp(log_ref + table / beta, dim=1).mean().item()
-    return J(log_ref), J(enumerate_policy(policy, prompts, symbols, T)[0]), best
+    return J(log_ref), J(enumerate_policy(policy, prompts, symbols, T, temperature)[0]), best
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

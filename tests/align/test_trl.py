@@ -240,9 +240,10 @@ def test_trl_trains_on_our_ids(home, tmp_path, template):
     _, tokens = policies(home)
     ours = Preferences(PreferencesConfig.model_validate(data), tokens, "train")
     rows = {(tuple(r["prompt_ids"]), tuple(r["chosen_ids"]), tuple(r["rejected_ids"])) for r in trainer.train_dataset}
-    assert {(p + c, p + r) for p, c, r in rows} == set(
-        zip(map(tuple, ours.chosen), map(tuple, ours.rejected), strict=True)
-    )
+    assert {(p + c, p + r) for p, c, r in rows} == {
+        tuple(tuple(prompt + answer) for answer in answers)
+        for prompt, answers in zip(ours.prompts, ours.answers, strict=True)
+    }
     for prompt, chosen, _ in rows:
         assert chosen[-1] == tokens.eos_token_id and tokens.eos_token_id not in chosen[:-1]
         written = tokens.decode(prompt)
