@@ -152,7 +152,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_moves(name, where, term
 
 FLOOR = {"mae": 0.15, "mlm": 0.05, "clm": 0.25, "clip": 0.05, "sft": 0.1}
 """What is left of the loss of one batch after it was trained on many times."""
-OWN = {"dino", "reward", "ppo"}
+OWN = {"dino", "sft_mixed", "reward", "ppo"}
 """Those whose loss does not go to zero; each has a test of its own."""
 
 
@@ -178,6 +178,14 @@ def test_dino_overfits_one_batch():
     """The student comes to its teacher: the KL falls; the teacher's entropy is not the student's to lower."""
     first, last, *_ = overfit("dino")
     assert last["kl"] < 0.25 * first["kl"]
+
+
+def test_adapters_learn_answers_and_text_of_one_batch():
+    """As far as rank 2 goes before the head of an untrained network; the base stays as it is."""
+    base, _ = build("sft_mixed", torch.float32)
+    first, last, objective, _ = overfit("sft_mixed")
+    assert last["answers"] < 0.97 * first["answers"] and last["pretraining"] < 0.97 * first["pretraining"]
+    assert all(torch.equal(a, b) for a, b in zip(objective.constant(), base.constant(), strict=True))
 
 
 def test_reward_overfits_one_batch():
