@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bash setup.sh demo    install fledge into .venv and run the demo recipe
-# bash setup.sh test    install fledge with its development tools into .venv and run the tests on all cores
+# bash setup.sh test    install fledge with its development tools into .venv and run the tests
 # Needs Python 3.11 or newer. Everything goes into .venv (or $FLEDGE_VENV); the system's Python is left as it is.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -45,7 +45,7 @@ case "${1:-}" in
     ;;
   test)
     "$venv/bin/python" -m pip install --quiet -e '.[dev]'
-    exec env OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 "$venv/bin/python" -m pytest -n auto --maxprocesses 8 --dist loadfile "${@:2}"
+    exec env OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 "$venv/bin/python" -m pytest "${@:2}"
     ;;
   *)
     echo "usage: bash setup.sh demo | test" >&2
