@@ -7,6 +7,7 @@ on one process without a word.
 
 import atexit
 import contextlib
+import gc
 import os
 import socket
 import warnings
@@ -68,9 +69,13 @@ def setup(device: str = "auto") -> torch.device:
 
 
 def leave() -> None:
-    """End the process group, if there is one: a process that ends inside of it may abort on the way out."""
+    """End the process group and its threads, if there is one: a process that ends beside them may abort on its way out.
+
+    The threads end with the last object that holds the group, and after an error a cycle of its traceback holds some.
+    """
     if joined():
         dist.destroy_process_group()
+        gc.collect()
 
 
 def device() -> torch.device:

@@ -3,6 +3,7 @@
 What a save writes, and what faults and kills leave of it, is in test_checkpoint.py and test_faults.py.
 """
 
+import atexit
 import json
 import os
 import random
@@ -175,6 +176,21 @@ def failing_on_rank_0(at: int) -> None:
     except RunError as error:
         told = str(error)
     Path(f"{distributed.rank()}.json").write_text(json.dumps([told, len(seen)]))
+
+
+def ended_by_an_error() -> None:
+    """Says at the very end which threads are left; what is registered first is called last."""
+    tasks = Path("/proc/self/task")
+    atexit.register(lambda: print("left:", *(thread.joinpath("comm").read_text() for thread in tasks.iterdir())))
+    failing_on_rank_0(3)
+
+
+@forking
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="this system has no /proc")
+def test_no_thread_of_the_group_outlives_an_error(forks, tmp_path):
+    """One that finds the interpreter gone aborts the process, now and then, and its exit code is lost."""
+    job = forks.start("tests.fledge.test_saver:ended_by_an_error", {}, world=2, folder=tmp_path).wait()
+    assert job.output().count("left: ") == 2 and "gloo" not in job.output()
 
 
 @forking
