@@ -9,7 +9,6 @@ The rollout is a data source: ``Rollouts`` is the algorithm, the loop is the one
 B rows, P prompt positions (padded on the left), T response positions (padded on the right). In every mask 1 is real.
 """
 
-import copy
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -18,7 +17,8 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from align import judge, rlhf
+from align import actors, judge, rlhf
+from align.actors import Value
 from align.rollout import (
     FunctionScorer,
     ModelScorer,
@@ -26,7 +26,6 @@ from align.rollout import (
     Scorer,
     ValueModel,
     answer,
-    calibrated_head,
     callable_of,
     decode,
     in_pieces,
@@ -34,7 +33,6 @@ from align.rollout import (
     response_logits,
     responses,
     trim,
-    value_head,
 )
 from fledge import artifact, distributed
 from fledge.artifact import Artifact
@@ -43,7 +41,8 @@ from fledge.config import Duration, StageConfig, hardware, parent, resolve
 from fledge.data.chats import Prompts
 from fledge.data.records import Split
 from fledge.errors import InputError
-from fledge.models import language
+from fledge.models import adapters, language
+from fledge.models.adapters import LoRAConfig
 from fledge.optim import OptimConfig, adamw
 from fledge.stream import Batch, Permutation, cut, derive, rows_of
 from fledge.track import Run, TrackConfig
@@ -102,19 +101,6 @@ class Algorithm(BaseConfig):
     """Where the score stands. after_eos: one position late, as Huang et al. and TRL 1.12 have it."""
 
 
-class Value(BaseConfig):
-    """The value model, separate from the policy. Defaults: all of the reward model (Huang et al. 2024; InstructGPT)."""
-
-    init: Literal["reward", "policy"] = "reward"
-    """Whose trunk it starts from."""
-    head: Literal["reward", "zero", "normal"] = "reward"
-    """The reward model's head, zeros (Ziegler et al. 2019), or N(0, 1/(d + 1)) (Stiennon et al. 2020)."""
-    lr_scale: PositiveFloat = 1.0
-    """Its learning rate beside the policy's."""
-    warmup: Duration = 0
-    """Updates in which it learns alone, before its policy does (as verl's critic_warmup)."""
-
-
 class Optim(OptimConfig):
     """Huang et al. 2024: AdamW with eps 1e-5 and torch's weight decay on everything, linear to 0, no clipping."""
 
@@ -156,6 +142,8 @@ class Config(StageConfig):
     """Learn only the policy's parameters whose names hold this regular expression, such as ``norm``; None: all. An
     answer teaches a few bits, and what it teaches millions of parameters is mostly noise; few answers, few parameters
     (Zhao et al. 2023, https://arxiv.org/abs/2312.11420, tune the gains of the norms alone)."""
+    lora: LoRAConfig | None = None
+    """Policy and value learn adapters on one frozen trunk, which is the reference too; null: each is a model."""
     rollout: Rollout = Rollout()
     kl: KL = KL()
     ppo: Algorithm = Algorithm()
@@ -174,6 +162,8 @@ class Config(StageConfig):
                 "train.engine: fsdp2 deals parameters out, and PPO generates with the whole policy on every process; "
                 "use train.engine: ddp"
             )
+        if self.lora is not None:
+            self._adapters_agree(self.lora)
         if self.value.init == "policy" and self.value.head == "reward":
             raise ValueError("value.head is reward, but value.init is policy; use zero or normal")
         try:
@@ -181,6 +171,19 @@ class Config(StageConfig):
         except re.error as error:
             raise ValueError(f"trainable {self.trainable!r} is no regular expression: {error}") from error
         return self
+
+    def _adapters_agree(self, lora: LoRAConfig) -> None:
+        if self.trainable is not None:
+            raise ValueError(
+                "trainable chooses parameters of the policy, all of which lora freezes; use one of the two"
+            )
+        if self.value.init == "reward":
+            raise ValueError(
+                "with lora the value is an adapter on the policy's trunk, but value.init is reward; use value.init: "
+                "policy with head: zero, or leave lora out"
+            )
+        if lora.dropout:
+            raise ValueError(f"lora.dropout is {lora.dropout}, but PPO's policy learns as it answers: without; use 0.0")
 
 
 # -------------------------------------------------------------------------------------------------------- objective
@@ -214,6 +217,10 @@ class PPO(nn.Module):
     def tokens(self, batch: Batch) -> int:
         """Tokens that are not padding."""
         return int(batch["attention_mask"].sum())
+
+    def constant(self) -> list[nn.Parameter]:
+        """The trunk under adapters, which nothing changes."""
+        return adapters.frozen(self.policy) if adapters.names(self.policy) else []
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         batch, config = trim(batch), self.config
@@ -389,36 +396,6 @@ def build_scorer(config: Config, parents: dict[str, Artifact]) -> Scorer:
     return ModelScorer(model, config.train.precision, config.train.most_rows)
 
 
-def build_value(config: Value, policy: Any, parents: dict[str, Artifact]) -> ValueModel:
-    """A model of its own: nothing is shared with the policy."""
-    if config.init == "policy":
-        trunk = copy.deepcopy(policy.base_model)
-    elif "reward" not in parents:
-        raise InputError("value.init is reward, but there is no parents.reward; use value.init: policy with head: zero")
-    else:
-        reward = language.read(parents["reward"], "AutoModelForSequenceClassification")
-        trunk = reward.base_model
-        if config.head == "reward":
-            return ValueModel(trunk, calibrated_head(reward))
-    return ValueModel(trunk, value_head(policy.config.hidden_size, config.head))
-
-
-def choose_trainable(policy: nn.Module, pattern: str | None) -> list[nn.Parameter]:
-    """The parameters that learn; the others are frozen.
-
-    Raises:
-        InputError: ``pattern`` matches no name.
-    """
-    chosen = [p for name, p in policy.named_parameters() if pattern is None or re.search(pattern, name)]
-    if not chosen:
-        some = ", ".join(name for name, _ in list(policy.named_parameters())[:4])
-        raise InputError(f"trainable: {pattern!r} is found in no name of the policy's parameters, such as {some}")
-    policy.requires_grad_(False)
-    for parameter in chosen:
-        parameter.requires_grad_(True)
-    return chosen
-
-
 def check_length(config: Config, policy: Any, artifact_: Artifact) -> None:
     room, wanted = policy.config.max_position_embeddings, config.data.max_length + config.rollout.max_new_tokens
     if wanted > room:
@@ -442,19 +419,19 @@ def main(config: Config) -> Artifact:
         run.say(prompts.report())
         scorer = build_scorer(config, parents)
         referee = judge.build(config.judge, config.data, scorer)
-        reference = copy.deepcopy(policy).eval().requires_grad_(False).to(device)
+        size = language.size(policy)
         torch.manual_seed(derive("init", config.seed))
-        value = build_value(config.value, policy, parents)
-        learning = choose_trainable(policy, config.trainable)
-        objective = PPO(policy, value, config.ppo, config.rollout.temperature).to(device)
+        cast = actors.build(policy, parents, lora=config.lora, trainable=config.trainable, value=config.value)
+        reference = cast.reference.to(device)
+        objective = PPO(policy, cast.value, config.ppo, config.rollout.temperature).to(device)
         stream = Rollouts(objective, reference, prompts, scorer, tokens, config)
         steps = resolve(config.train.steps, stream.steps_per_epoch)
         warmup = resolve(config.value.warmup, stream.steps_per_epoch)
         if warmup >= steps:
             raise InputError(f"value.warmup {warmup} leaves the policy none of the {steps} train.steps; lower it")
         groups = [
-            {"params": learning, "start_step": warmup},
-            {"params": list(value.parameters()), "lr_scale": config.value.lr_scale},
+            {"params": cast.policy_parameters, "start_step": warmup},
+            {"params": cast.value_parameters, "lr_scale": config.value.lr_scale},
         ]
         optim = adamw(groups, config.optim, batch=stream.batch, steps=steps, steps_per_epoch=stream.steps_per_epoch)
 
@@ -483,9 +460,9 @@ def main(config: Config) -> Artifact:
             run.samples("answers", table, "Held-out prompts, answered before and after")
         return run.publish(
             WRITES,
-            lambda folder: language.save(policy, tokens, folder),
+            lambda folder: cast.save(tokens, folder),
             scores,
-            architecture={"name": type(policy).__name__, "parameters": language.size(policy)},
+            architecture={"name": type(policy).__name__, "parameters": size},
             preprocessing={**parents["policy"].preprocessing, "template": config.data.template},
             data={"fingerprint": config.data.fingerprint(), "prompts": len(prompts), "skipped": prompts.skipped},
             step=steps,

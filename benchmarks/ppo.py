@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from align import rlhf
-from align.ppo import PPO, Algorithm, Config, Rollout, Rollouts, Train, Value, build_value
+from align.actors import Value, build_value
+from align.ppo import PPO, Algorithm, Config, Rollout, Rollouts, Train
 from align.rollout import FunctionScorer, PromptsConfig
 from fledge.optim import Optim
 from fledge.stream import cut, rows_of, share
