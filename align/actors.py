@@ -1,7 +1,7 @@
 """The models that PPO trains and asks: policy, reference and value. Each a model of its own, or all on one trunk.
 
 Full fine-tuning has a network for each. With LoRA (Hu et al. 2021) one network is resident: with the policy's adapter
-it is the policy, with none the reference, with the value's adapter and a head the value. The fourth model is the reward.
+it is the policy, with none the reference, with the value's adapter and a head the value. The reward is the fourth.
 """
 
 import copy

@@ -6,6 +6,7 @@ B rows of T tokens. ``labels`` are shifted already and -100 outside the assistan
 part of it.
 """
 
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +23,8 @@ from fledge.data.text import IGNORE
 from fledge.evals import generation
 from fledge.evals.score import Score, bootstrap
 from fledge.evals.validation import validation
-from fledge.models import language
+from fledge.models import adapters, language
+from fledge.models.adapters import LoRAConfig
 from fledge.models.language import decay_exempt, document_mask, next_token_loss
 from fledge.optim import OptimConfig, adamw, decay_groups
 from fledge.stream import Batch, DataStream, Permutation, Rows, derive
@@ -72,6 +74,8 @@ class Config(StageConfig):
     stage: Literal["finetune.sft"] = "finetune.sft"
     parents: Parents = Parents()
     data: ChatsConfig
+    lora: LoRAConfig | None = None
+    """Adapters learn, and the rest is frozen; null: all of the model learns."""
     optim: Optim = Optim()
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
@@ -97,6 +101,10 @@ class SFT(nn.Module):
     def tokens(self, batch: Batch) -> int:
         """Tokens that are not padding."""
         return int(batch["attention_mask"].sum())
+
+    def constant(self) -> list[nn.Parameter]:
+        """The base that adapters leave as it is."""
+        return adapters.frozen(self)
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         return {"loss": next_token_loss(self.logits(batch), batch["labels"])}
@@ -163,9 +171,11 @@ def main(config: Config) -> artifact.Artifact:
         tokens = language.read_tokenizer(parents["model"])
         train = Chats(config.data, tokens, "train", at_least=config.train.batch)
         run.say(train.report())
-        torch.manual_seed(derive("init", config.seed))
         objective = SFT(language.read(parents["model"]))
         language.check_length(objective.model, config.data.max_length, "data.max_length")
+        torch.manual_seed(derive("init", config.seed))
+        if config.lora is not None:
+            adapters.add(objective.model, config.lora)
         stream = DataStream(len(train), train.rows, batch=config.train.batch, seed=config.seed, what="data")
         steps = resolve(config.train.steps, stream.steps_per_epoch)
         groups = decay_groups(objective, decay_exempt)
@@ -178,14 +188,20 @@ def main(config: Config) -> artifact.Artifact:
         watch = validation(objective, config.train, held_out)
         fit(objective, stream, optim, config.train, run, steps=steps, seed=config.seed, evaluate=watch)
 
-        model = objective.model.eval()
+        model = (adapters.merged(objective.model) if config.lora is not None else objective.model).eval()
         scores = []
         if run.measures:
             base = language.read(parents["model"]).to(distributed.device())
             scores = [evaluate(model, base, tokens, config, run)]
+
+        def save(folder: Path) -> None:
+            language.save(model, tokens, folder)
+            if config.lora is not None:
+                adapters.save(objective.model, folder / adapters.FOLDER)
+
         return run.publish(
             WRITES,
-            lambda folder: language.save(model, tokens, folder),
+            save,
             scores,
             architecture={"name": type(model).__name__, "parameters": language.size(model)},
             preprocessing={"tokenizer": tokenizer.digest(tokens), "template": config.data.template},

@@ -308,6 +308,16 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict(_named_tensors(module))
 
 
+def changing_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of a module: `module_tensors` without those that its own method `constant()` gives.
+
+    They are what neither the optimiser nor `after_step` changes and the stage reads from its parents again, whose
+    digests are part of the run: the frozen base of an adapter.
+    """
+    constant = {id(tensor) for tensor in module.constant()} if hasattr(module, "constant") else set()
+    return {name: tensor for name, tensor in module_tensors(module).items() if id(tensor) not in constant}
+
+
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()
     for prefix, part in module.named_modules():
@@ -321,8 +331,8 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def load_module(module: nn.Module, tensors: Mapping[str, Tensor | Stored]) -> None:
-    """Copy `module_tensors` back in place: every name, shape and type must be the same. Shards take their rows."""
-    mine = module_tensors(module)
+    """Copy `changing_tensors` back in place: every name, shape and type must be the same. Shards take their rows."""
+    mine = changing_tensors(module)
     _same_names("the model", set(mine), set(tensors))
     _same_forms("the model", {name: (mine[name], tensors[name]) for name in mine})
     for name, tensor in mine.items():
@@ -331,7 +341,7 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor | Stored]) -> No
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
     """The optimizer's state by name: `parameter/exp_avg`. Rates and decay are functions of the step and not in it."""
-    names = {id(tensor): name for name, tensor in module_tensors(module).items()}
+    names = {id(tensor): name for name, tensor in changing_tensors(module).items()}
     kept: dict[str, Tensor] = {}
     for parameter, state in optimizer.state.items():
         name = names[id(parameter)]
@@ -349,7 +359,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors:
     A parameter without state (its group has not started) stays without. The 0-d `step` lives on the CPU unless the
     group is fused or capturable: that is where the optimizer itself would have made it.
     """
-    mine = module_tensors(module)
+    mine = changing_tensors(module)
     where = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     owned = {name for name, tensor in mine.items() if id(tensor) in where}
     saved = {key.rpartition("/")[0] for key in tensors}

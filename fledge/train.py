@@ -6,7 +6,8 @@ An objective is an ``nn.Module`` with
 - ``counts(batch) -> {name: int}``: how many tokens, patches or pairs each output sums over, known before the forward;
 - ``forward(batch, step) -> {name: sum}``: scalar sums of the loss terms, and detached statistics of any shape;
 - optionally ``after_step(step, means)``: every sum over its count, over all ranks and micro-batches of the step;
-- optionally ``tokens(batch) -> int``: how many tokens it holds, for the tokens a second.
+- optionally ``tokens(batch) -> int``: how many tokens it holds, for the tokens a second;
+- optionally ``constant() -> tensors``: what never changes and is read from a parent again; no checkpoint holds it.
 
 The loop backpropagates Σ weight · sum · world_size / max(count, 1), where DDP averages over the world: the gradient is
 that of the global batch, however it was cut. The forward changes no buffer; what a method must remember it changes in
@@ -387,7 +388,7 @@ class Training:
         began = time.perf_counter()
         tensors, state = self.stream.state()
         parts = {
-            "model": checkpoint.module_tensors(self.objective),
+            "model": checkpoint.changing_tensors(self.objective),
             "optim": checkpoint.optimizer_tensors(self.optim.optimizer, self.objective),
             "stream": tensors,
         }

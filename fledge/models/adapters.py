@@ -181,4 +181,6 @@ def save(model: Any, folder: Path, name: str = "default") -> None:
     save_file(prefixed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = copy.copy(model.peft_config[name])
     config.inference_mode, config.base_model_name_or_path = True, None  # the base may be anywhere
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)  # a set is written in another order each time
     config.save_pretrained(folder)

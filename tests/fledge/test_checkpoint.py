@@ -17,7 +17,14 @@ import torch
 from torch import nn
 
 from fledge import checkpoint, distributed, files
-from fledge.checkpoint import load_module, load_optimizer, module_tensors, newest, optimizer_tensors
+from fledge.checkpoint import (
+    changing_tensors,
+    load_module,
+    load_optimizer,
+    module_tensors,
+    newest,
+    optimizer_tensors,
+)
 from fledge.errors import InputError, RunError
 from fledge.saver import Saver
 from tests import launch
@@ -171,6 +178,33 @@ def test_names_are_of_parameters_each_once():
     assert tensors["embed.weight"] is model.head.weight
     fields = {"step", "exp_avg", "exp_avg_sq"}
     assert set(optimizer_tensors(optimizer, model)) == {f"{n}/{f}" for n, _ in model.named_parameters() for f in fields}
+
+
+class Adapted(Tied):
+    """What a frozen base is: nothing changes it, so no checkpoint holds it."""
+
+    def constant(self) -> list[nn.Parameter]:
+        return [self.embed.weight, *self.conv.parameters()]
+
+
+def test_what_is_constant_is_in_no_checkpoint_and_stays_as_it_is():
+    torch.manual_seed(0)
+    model = Adapted()
+    held = changing_tensors(model)
+    assert set(module_tensors(model)) - set(held) == {"embed.weight", "conv.weight", "conv.bias"}
+    saved = {name: tensor + 1 for name, tensor in held.items()}
+    before = {name: tensor.clone() for name, tensor in module_tensors(model).items()}
+    load_module(model, saved)
+    assert same(module_tensors(model), before | saved)
+    with pytest.raises(InputError, match="has embed.weight"):
+        load_module(model, saved | {"embed.weight": before["embed.weight"]})
+    learned = [p for name, p in model.named_parameters() if name in held]
+    optimizer = torch.optim.AdamW(learned)
+    train(model, optimizer, range(7))
+    assert {name.rpartition("/")[0] for name in optimizer_tensors(optimizer, model)} == set(held) - {
+        "centre", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"
+    }  # fmt: skip
+    load_optimizer(optimizer, model, {k: x.clone() for k, x in optimizer_tensors(optimizer, model).items()})
 
 
 def test_names_do_not_depend_on_compile():

@@ -29,11 +29,17 @@ class Family:
     def config(self, name: str) -> dict[str, Any]:
         case = CASES[name]
         parents = {role: str(self.run(parent) / "artifact") for role, parent in (case.parents or {}).items()}
-        config = {"stage": case.stage, "seed": 5, "out": str(self.root / "runs"), "track": {"wandb": "off"}}
+        config = {
+            "stage": case.stage,
+            "name": name,
+            "seed": 5,
+            "out": str(self.root / "runs"),
+            "track": {"wandb": "off"},
+        }
         return {**config, **placed(case.config, self.root), **({"parents": parents} if parents else {})}
 
     def run(self, name: str) -> Path:
-        folder = self.root / "runs" / CASES[name].stage.split(".")[-1]
+        folder = self.root / "runs" / name
         if not folder.exists():
             module = importlib.import_module(CASES[name].stage)
             module.main(load(module.Config, self.config(name)))
@@ -164,3 +170,21 @@ def test_what_cannot_be_exported(family, mae, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="one process"):
         export(str(mae), tmp_path / "a")
     assert contents(tmp_path) == before
+
+
+def test_a_checkpoint_of_adapters_holds_no_base(family, tmp_path):
+    """It is a small part of the parent that it began from, whose weights it does not repeat."""
+    run, parent = family.run("sft_lora"), family.run("clm")
+    saved = load_file(run / "checkpoints/step_00000012/model.safetensors")
+    assert len(saved) == 2 * 4 * 3 and all("lora_" in key for key in saved)  # A, B and magnitude of 2 · 4 layers
+    folders = (one / "checkpoints/step_00000012" for one in (run, parent))
+    mine, his = (sum(f.stat().st_size for f in folder.glob("*.safetensors")) for folder in folders)
+    assert mine < his / 3
+    made = export(str(run), tmp_path / "made").path
+    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= artifact.open(made).manifest[
+        "files"
+    ].keys()
+    before, after = weights(parent / "artifact"), weights(made)
+    assert before.keys() == after.keys() and torch.equal(
+        before["transformer.wte.weight"], after["transformer.wte.weight"]
+    )

@@ -117,6 +117,17 @@ CASES = {
         world=2,
         parents={"model": "clm"},
     ),
+    "sft_lora": Case(
+        "finetune.sft",
+        {
+            "data": data("chats.jsonl", max_length=40, packing="best_fit"),
+            "lora": {"rank": 2, "dropout": 0.2, "dora": True},
+            "optim": {"lr": 0.01},
+            "evaluation": {"examples": 8, "max_new_tokens": 4},
+            "train": train(batch=4, micro_batch=2, grad_checkpointing=True),
+        },
+        parents={"model": "clm"},
+    ),
     "reward": Case(
         "align.reward",
         {"data": data("preferences.jsonl", max_length=40), "optim": {"lr": 0.01}, "train": train(save_every=2)},
@@ -203,7 +214,7 @@ class World:
     def config(self, name: str, **changes: Any) -> dict[str, Any]:
         """The whole config of a case; ``changes`` go into its train section."""
         case = CASES[name]
-        config = {"stage": case.stage, "seed": 5, **placed(case.config, self.root)}
+        config = {"stage": case.stage, "name": name, "seed": 5, **placed(case.config, self.root)}
         config["track"] = {"wandb": "off"}
         if case.steps:
             config["train"] = {**config["train"], "workers": case.workers, **changes}
@@ -231,7 +242,7 @@ def world(tmp_path_factory, forks):
 
 
 def run_of(name: str, folder: Path) -> Path:
-    return folder / "runs" / CASES[name].stage.split(".")[-1]
+    return folder / "runs" / name
 
 
 # ------------------------------------------------------------------------------------------------------- comparison
@@ -343,7 +354,7 @@ def test_killed_at_random_moments(world, name, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------ shards
 
-SHARDED = ("mae", "dino", "mlm", "clm", "sft", "reward", "clip")
+SHARDED = ("mae", "dino", "mlm", "clm", "sft", "sft_lora", "reward", "clip")
 """All but PPO, which generates."""
 
 
