@@ -10,7 +10,6 @@ B rows, P prompt positions (padded on the left), T response positions (padded on
 """
 
 import contextlib
-import copy
 import re
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -19,7 +18,8 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from align import judge, ptx, rlhf, scorers
+from align import actors, judge, ptx, rlhf, scorers
+from align.actors import Value
 from align.ptx import Pretraining
 from align.rollout import (
     PromptsConfig,
@@ -29,7 +29,6 @@ from align.rollout import (
     response_logits,
     responses,
     trim,
-    value_head,
 )
 from align.rollouts import KL, Rollout, Rollouts
 from align.scorers import Ensemble, Part
@@ -40,7 +39,8 @@ from fledge.config import Duration, StageConfig, parent, resolve
 from fledge.data.records import Split
 from fledge.ema import Average
 from fledge.errors import InputError
-from fledge.models import language, reward_model
+from fledge.models import adapters, language, reward_model
+from fledge.models.adapters import LoRAConfig
 from fledge.optim import OptimConfig, adamw
 from fledge.stream import Batch, derive, share
 from fledge.track import Run, TrackConfig
@@ -83,19 +83,6 @@ class Algorithm(BaseConfig):
     ema: float | None = Field(None, gt=0, lt=1)
     """Momentum of the policy's average over updates, which is then judged and handed over in its place (InstructGPT:
     .992); answers come from the policy itself."""
-
-
-class Value(BaseConfig):
-    """The value model, separate from the policy. Defaults: all of the reward model (Huang et al. 2024; InstructGPT)."""
-
-    init: Literal["reward", "policy"] = "reward"
-    """Whose trunk it starts from."""
-    head: Literal["reward", "zero", "normal"] = "reward"
-    """The reward model's head, zeros (Ziegler et al. 2019), or N(0, 1/(d + 1)) (Stiennon et al. 2020)."""
-    lr_scale: PositiveFloat = 1.0
-    """Its learning rate beside the policy's."""
-    warmup: Duration = 0
-    """Updates in which it learns alone, before its policy does (as verl's critic_warmup)."""
 
 
 class Optim(OptimConfig):
@@ -143,6 +130,8 @@ class Config(StageConfig):
     """Learn only the policy's parameters whose names hold this regular expression, such as ``norm``; None: all. An
     answer teaches a few bits, and what it teaches millions of parameters is mostly noise; few answers, few parameters
     (Zhao et al. 2023, https://arxiv.org/abs/2312.11420, tune the gains of the norms alone)."""
+    lora: LoRAConfig | None = None
+    """Policy and value learn adapters on one frozen trunk, which is the reference too; null: each is a model."""
     rollout: Rollout = Rollout()
     kl: KL = KL()
     ppo: Algorithm = Algorithm()
@@ -170,6 +159,8 @@ class Config(StageConfig):
             raise ValueError(
                 f"two parts of rewards are called {', '.join(sorted(labels))}; give each a name of its own"
             )
+        if self.lora is not None:
+            self._adapters_agree(self.lora)
         if self.value.init == "policy" and self.value.head == "reward":
             raise ValueError("value.head is reward, but value.init is policy; use zero or normal")
         try:
@@ -177,6 +168,19 @@ class Config(StageConfig):
         except re.error as error:
             raise ValueError(f"trainable {self.trainable!r} is no regular expression: {error}") from error
         return self
+
+    def _adapters_agree(self, lora: LoRAConfig) -> None:
+        if self.trainable is not None:
+            raise ValueError(
+                "trainable chooses parameters of the policy, all of which lora freezes; use one of the two"
+            )
+        if self.value.init == "reward":
+            raise ValueError(
+                "with lora the value is an adapter on the policy's trunk, but value.init is reward; use value.init: "
+                "policy with head: zero, or leave lora out"
+            )
+        if lora.dropout:
+            raise ValueError(f"lora.dropout is {lora.dropout}, but PPO's policy learns as it answers: without; use 0.0")
 
 
 # -------------------------------------------------------------------------------------------------------- objective
@@ -202,7 +206,8 @@ class PPO(nn.Module):
         super().__init__()
         self.policy, self.value, self.config, self.temperature = policy, value, config, temperature
         self.weights = {"policy_loss": 1.0, "value_loss": config.vf_coef} | ({"ptx_loss": ptx_coef} if ptx_coef else {})
-        self.average = Average(policy, config.ema) if config.ema else None
+        learned = adapters.parameters(policy, actors.POLICY) or None  # on one trunk, not the value's
+        self.average = Average(policy, config.ema, learned) if config.ema else None
         self.train()
 
     def train(self, mode: bool = True) -> "PPO":
@@ -221,6 +226,10 @@ class PPO(nn.Module):
         """Tokens that are not padding."""
         text = int((batch["ptx_document"] > 0).sum()) if "ptx_loss" in self.weights else 0
         return int(batch["attention_mask"].sum()) + text
+
+    def constant(self) -> list[nn.Parameter]:
+        """The trunk under adapters, which nothing changes."""
+        return adapters.frozen(self.policy) if adapters.names(self.policy) else []
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         batch, config = trim(batch), self.config
@@ -269,36 +278,6 @@ class PPO(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------- stage
-
-
-def build_value(config: Value, policy: Any, parents: dict[str, Artifact]) -> ValueModel:
-    """A model of its own: nothing is shared with the policy."""
-    if config.init == "policy":
-        trunk = copy.deepcopy(policy.base_model)
-    elif "reward" not in parents:
-        raise InputError("value.init is reward, but there is no parents.reward; use value.init: policy with head: zero")
-    else:
-        reward = reward_model.read(parents["reward"])[0]  # of an ensemble the first
-        trunk = reward.base_model
-        if config.head == "reward":
-            return ValueModel(trunk, reward_model.calibrated_head(reward))
-    return ValueModel(trunk, value_head(policy.config.hidden_size, config.head))
-
-
-def choose_trainable(policy: nn.Module, pattern: str | None) -> list[nn.Parameter]:
-    """The parameters that learn; the others are frozen.
-
-    Raises:
-        InputError: ``pattern`` matches no name.
-    """
-    chosen = [p for name, p in policy.named_parameters() if pattern is None or re.search(pattern, name)]
-    if not chosen:
-        some = ", ".join(name for name, _ in list(policy.named_parameters())[:4])
-        raise InputError(f"trainable: {pattern!r} is found in no name of the policy's parameters, such as {some}")
-    policy.requires_grad_(False)
-    for parameter in chosen:
-        parameter.requires_grad_(True)
-    return chosen
 
 
 def check(config: Config, policy: Any, tokenizer: Any, parents: dict[str, Artifact]) -> None:
@@ -362,21 +341,21 @@ def main(config: Config) -> Artifact:
             config.reward, config.rewards, config.ensemble, parents, config.train.precision, config.train.most_rows
         )
         referee = judge.build(config.judge, config.data, scorer)
-        reference = copy.deepcopy(policy).eval().requires_grad_(False).to(device)
+        size = language.size(policy)
         torch.manual_seed(derive("init", config.seed))
-        value = build_value(config.value, policy, parents)
-        learning = choose_trainable(policy, config.trainable)
+        cast = actors.build(policy, parents, lora=config.lora, trainable=config.trainable, value=config.value)
+        reference = cast.reference.to(device)
         text = ptx.Text(config.ptx, tokens, config.seed) if config.ptx else None
         coef = config.ptx.coef if config.ptx else None
-        objective = PPO(policy, value, config.ppo, config.rollout.temperature, coef).to(device)
+        objective = PPO(policy, cast.value, config.ppo, config.rollout.temperature, coef).to(device)
         stream = Rollouts(objective, reference, prompts, scorer, tokens, config, text)
         steps = resolve(config.train.steps, stream.steps_per_epoch)
         warmup = resolve(config.value.warmup, stream.steps_per_epoch)
         if warmup >= steps:
             raise InputError(f"value.warmup {warmup} leaves the policy none of the {steps} train.steps; lower it")
         groups = [
-            {"params": learning, "start_step": warmup},
-            {"params": list(value.parameters()), "lr_scale": config.value.lr_scale},
+            {"params": cast.policy_parameters, "start_step": warmup},
+            {"params": cast.value_parameters, "lr_scale": config.value.lr_scale},
         ]
         optim = adamw(groups, config.optim, batch=stream.batch, steps=steps, steps_per_epoch=stream.steps_per_epoch)
 
@@ -406,9 +385,9 @@ def main(config: Config) -> Artifact:
                 run.samples("answers", table, "Held-out prompts, answered before and after")
             return run.publish(
                 WRITES,
-                lambda folder: language.save(policy, tokens, folder),
+                lambda folder: cast.save(tokens, folder),
                 scores,
-                architecture={"name": type(policy).__name__, "parameters": language.size(policy)},
+                architecture={"name": type(policy).__name__, "parameters": size},
                 preprocessing={**parents["policy"].preprocessing, "template": config.data.template},
                 data={"fingerprint": config.data.fingerprint(), "prompts": len(prompts), "skipped": prompts.skipped},
                 step=steps,

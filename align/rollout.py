@@ -228,7 +228,7 @@ def responses(batch: Batch) -> Tensor:
 class ValueModel(nn.Module):
     """A transformer's trunk with one number a position."""
 
-    def __init__(self, trunk: nn.Module, head: nn.Linear) -> None:
+    def __init__(self, trunk: Any, head: nn.Linear) -> None:
         super().__init__()
         self.trunk, self.head = trunk, head
 

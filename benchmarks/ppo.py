@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from align import rlhf
-from align.ppo import PPO, Algorithm, Config, Rollout, Rollouts, Train, Value, build_value
+from align.actors import Value, build_value
+from align.ppo import PPO, Algorithm, Config, Rollout, Rollouts, Train
 from align.rollout import PromptsConfig
 from align.scorers import FunctionScorer
 from fledge.optim import Optim

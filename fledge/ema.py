@@ -1,7 +1,7 @@
 """The slow copy: an exponential moving average of parameters, as a model beside another one or in its place."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +23,20 @@ def copy(target: nn.Module, source: nn.Module) -> nn.Module:
 
 
 class Average(nn.Module):
-    """The average of those parameters of a model that are trainable now, in buffers: checkpoints hold it.
+    """The average of those parameters of a model that learn, in buffers: checkpoints hold it.
 
     What is frozen is its own average and is not copied.
+
+    Args:
+        learning: some of the model's parameters; by default those that are trainable now.
     """
 
-    def __init__(self, model: nn.Module, momentum: float) -> None:
+    def __init__(self, model: nn.Module, momentum: float, learning: Iterable[nn.Parameter] | None = None) -> None:
         super().__init__()
         self.momentum = momentum
+        chosen = {id(p) for p in (model.parameters() if learning is None else learning) if p.requires_grad}
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
+            if id(parameter) in chosen:
                 self.register_buffer(name.replace(".", "/"), parameter.detach().clone())
 
     def pairs(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:

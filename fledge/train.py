@@ -31,6 +31,7 @@ from fledge import checkpoint, distributed, extend, preempt, sharding
 from fledge.config import Config, Duration, bookkeeping, hardware, nearest
 from fledge.errors import InputError, Preempted, RunError
 from fledge.health import Nonfinite, NotFinite, Policy, Watchdog, same_everywhere
+from fledge.models import adapters
 from fledge.optim import Optim
 from fledge.saver import Saver
 from fledge.stream import Batch, derive, rows_of, share
@@ -639,12 +640,13 @@ def prepared_blocks(module: nn.Module, config: TrainConfig) -> list[nn.Module]:
 
 
 def checkpoint_blocks(blocks: list[nn.Module]) -> None:
-    """Recompute each block's activations in the backward, with its dropout drawn again from the same state."""
+    """Recompute each block's activations in the backward, with its dropout drawn again from the same state and with
+    the adapters of its forward."""
 
-    def recomputed(forward: Callable, *args, **kwargs):
+    def recomputed(block: nn.Module, forward: Callable, *args, **kwargs):
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return recompute(forward, *args, use_reentrant=False, **kwargs)
+        return recompute(adapters.as_now(block, forward), *args, use_reentrant=False, **kwargs)
 
     for block in blocks:
-        block.forward = functools.partial(recomputed, block.forward)  # type: ignore[method-assign]
+        block.forward = functools.partial(recomputed, block, block.forward)  # type: ignore[method-assign]

@@ -192,18 +192,37 @@ def reward_plackett_luce() -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def ppo() -> tuple[nn.Module, dict[str, Tensor]]:
-    """A frozen rollout, partly outside both clipping ranges, with two rows of text beside each answer."""
+    """Four models, but for reference and reward."""
     from transformers import GPT2LMHeadModel, GPT2Model
 
-    from align.ppo import PPO, Algorithm
     from align.rollout import ValueModel, value_head
+
+    value = ValueModel(GPT2Model(_gpt2()), value_head(16, "normal"))
+    return _on_a_rollout(GPT2LMHeadModel(_gpt2()), value)
+
+
+def ppo_lora() -> tuple[nn.Module, dict[str, Tensor]]:
+    """One trunk, with adapters that say something."""
+    from transformers import GPT2LMHeadModel
+
+    from align.actors import Value, one_trunk
+    from fledge.models.adapters import LoRAConfig
+
+    cast = one_trunk(GPT2LMHeadModel(_gpt2()), LoRAConfig(rank=2), Value(init="policy", head="normal"))
+    for parameter in (*cast.policy_parameters, *cast.value_parameters):
+        nn.init.normal_(parameter, std=0.2)
+    return _on_a_rollout(cast.policy, cast.value)
+
+
+def _on_a_rollout(policy: nn.Module, value: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A frozen rollout, partly outside both clipping ranges, with two rows of text beside each answer."""
+    from align.ppo import PPO, Algorithm
 
     P, T = 5, 7
     ids = torch.randint(10, 60, (BATCH, P + T))
     prompt = torch.arange(P) >= torch.randint(0, P - 1, (BATCH, 1))
     response = torch.arange(T) < torch.randint(1, T + 1, (BATCH, 1))
-    value = ValueModel(GPT2Model(_gpt2()), value_head(16, "normal"))
-    objective = PPO(GPT2LMHeadModel(_gpt2()), value, Algorithm(), 0.7, ptx_coef=0.5)
+    objective = PPO(policy, value, Algorithm(), 0.7, ptx_coef=0.5)
     batch = {"input_ids": ids, "attention_mask": torch.cat([prompt, response], dim=1).long()}
     batch |= {"response_mask": response.long(), "reward_mask": response.long()}
     with torch.no_grad():
@@ -214,7 +233,7 @@ def ppo() -> tuple[nn.Module, dict[str, Tensor]]:
     return objective, batch | {"returns": torch.randn(BATCH, T), "objective/score": torch.randn(BATCH)}
 
 
-OBJECTIVES = (mae, dino, mlm, clm, clip, sft, sft_mixed, reward, reward_ranked, reward_plackett_luce, ppo)
+OBJECTIVES = (mae, dino, mlm, clm, clip, sft, sft_mixed, reward, reward_ranked, reward_plackett_luce, ppo, ppo_lora)
 BUILDERS = {f.__name__: f for f in OBJECTIVES}
 
 

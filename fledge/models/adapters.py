@@ -7,10 +7,11 @@ which of them takes part, and with none the model is the base, bit for bit.
 
 import contextlib
 import copy
+import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+T = TypeVar("T")
 FOLDER = "adapter"
 """Where an artifact keeps its adapter, beside the merged weights."""
 
@@ -79,6 +81,8 @@ def add(model: Any, config: LoRAConfig, name: str = "default") -> list[nn.Parame
 
 def layers(model: nn.Module) -> "Iterator[tuple[str, BaseTunerLayer]]":
     """The layers that hold adapters, by name."""
+    if "peft" not in sys.modules:  # which takes a second to import, and without which nothing holds any
+        return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for where, module in model.named_modules():
@@ -101,21 +105,59 @@ def frozen(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if not parameter.requires_grad]
 
 
-@contextlib.contextmanager
-def using(model: nn.Module, name: str | None) -> Iterator[None]:
-    """In here ``model`` computes with one adapter, or as its base (None). What is trainable stays as it is.
+State = tuple[list[str], bool]
+"""Which adapters of a layer are in use, and whether all are off."""
 
-    A backward that recomputes a forward (gradient checkpointing) must run inside, too.
-    """
-    found = [layer for _, layer in layers(model)]
-    before = [(layer._active_adapter, layer._disable_adapters) for layer in found]
-    for layer in found:
-        layer._active_adapter, layer._disable_adapters = [name] if name else [], name is None
+
+@contextlib.contextmanager
+def _switched(held: "list[BaseTunerLayer]", states: list[State]) -> Iterator[None]:
+    before: list[Any] = [(layer._active_adapter, layer._disable_adapters) for layer in held]
+    _switch(held, states)
     try:
         yield
     finally:
-        for layer, (active, disabled) in zip(found, before, strict=True):
-            layer._active_adapter, layer._disable_adapters = active, disabled
+        _switch(held, before)
+
+
+def _switch(held: "list[BaseTunerLayer]", states: list[State]) -> None:
+    for layer, (active, off) in zip(held, states, strict=True):
+        layer._active_adapter, layer._disable_adapters = active, off
+
+
+@contextlib.contextmanager
+def using(model: nn.Module, name: str | None) -> Iterator[None]:
+    """In here ``model`` computes with one adapter, or as its base (None). What is trainable stays as it is."""
+    held = [layer for _, layer in layers(model)]
+    with _switched(held, [([name] if name else [], name is None)] * len(held)):
+        yield
+
+
+def as_now(module: nn.Module, function: Callable[..., T]) -> Callable[..., T]:
+    """``function`` under the adapters that ``module`` computes with now, whenever it is called."""
+    held = [layer for _, layer in layers(module)]
+    now: list[Any] = [(layer._active_adapter, layer._disable_adapters) for layer in held]
+
+    def then(*args: Any, **kwargs: Any) -> T:
+        with _switched(held, now):
+            return function(*args, **kwargs)
+
+    return then if held else function
+
+
+class View:
+    """A model with one of its adapters, or as its base (None), called like the model; it has no weights of its own."""
+
+    def __init__(self, model: Any, name: str | None) -> None:
+        self.model, self.name = model, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with using(self.model, self.name):
+            return self.model(*args, **kwargs)
+
+    def to(self, device: torch.device) -> "View":
+        """The model moves; this is a way to look at it."""
+        self.model.to(device)
+        return self
 
 
 @torch.no_grad()

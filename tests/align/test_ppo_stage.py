@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from align import ppo, reward
 from fledge import artifact
 from fledge.errors import InputError
+from fledge.models import adapters
 
 NAMES = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
 
@@ -212,3 +213,40 @@ def test_defaults_are_the_published_recipe():
     )
     assert (c.optim.lr, c.optim.eps, c.optim.clip, c.optim.decay, c.optim.min_lr) == (3e-6, 1e-5, None, "linear", 0.0)
     assert c.train.steps * c.train.batch // c.ppo.num_ppo_epochs == pytest.approx(1_000_000, rel=1e-3)
+
+
+ONE_TRUNK = {"lora": {"rank": 2}, "value": {"init": "policy", "head": "zero"}}
+
+
+def test_the_stage_hands_over_merged_weights_and_the_adapter(home, monkeypatch):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.chdir(home)
+    given = settings(home, name="lora", reward="likes:first_letter", optim={"lr": 1e-2}, **ONE_TRUNK)
+    made = ppo.main(given)
+    curve = [json.loads(line) for line in (home / "runs" / "lora" / "metrics.jsonl").read_text().splitlines()]
+    assert curve[0]["train/objective/kl"] == 0 and curve[-1]["train/objective/kl"] > 0
+    chat = artifact.open(home / "chat")
+    assert set(made.tensors()) == set(chat.tensors())
+    ids = torch.tensor([[5, 6, 7, 8]])
+    merged = AutoModelForCausalLM.from_pretrained(made.path)
+    beside = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(chat.path), str(made.path / adapters.FOLDER)
+    )
+    torch.testing.assert_close(merged(ids).logits, beside(ids).logits)
+    assert not torch.allclose(merged(ids).logits, AutoModelForCausalLM.from_pretrained(chat.path)(ids).logits)
+    assert made.architecture["parameters"] == sum(p.numel() for p in merged.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"trainable": "norm"}, "use one of the two"),
+        ({"value": {}}, "value.init is reward"),
+        ({"lora": {"dropout": 0.1}}, "lora.dropout is 0.1"),
+    ],
+)
+def test_what_adapters_exclude(home, change, words):
+    with pytest.raises(ValidationError, match=words):
+        settings(home, **{**ONE_TRUNK, **change})

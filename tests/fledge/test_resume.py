@@ -168,6 +168,21 @@ CASES = {
         world=2,
         parents={"policy": "sft", "reward": "reward"},
     ),
+    "ppo_lora": Case(
+        "align.ppo",
+        {
+            "data": data("chats.jsonl", max_length=40),
+            "lora": {"rank": 2},
+            "rollout": {"batch": 16, "max_new_tokens": 8, "temperature": 1.0},
+            "ppo": {"num_ppo_epochs": 2},
+            "value": {"init": "policy", "head": "zero"},
+            "optim": {"lr": 0.01},
+            "evaluation": {"prompts": 8},
+            "train": train(micro_batch=3, grad_checkpointing=True),
+        },
+        world=2,
+        parents={"policy": "sft", "reward": "reward"},
+    ),
     "clip": Case(
         "align.clip",
         {
