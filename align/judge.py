@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from align import rlhf
-from align.rollout import answer, decode, in_pieces, response_logits
+from align.rollout import answer, decode, in_pieces, spread, token_logits
 from align.scorers import FunctionScorer, Scorer, callable_of
 from fledge.data import world
 from fledge.data.chats import Prompts, RecordsConfig
@@ -79,8 +78,8 @@ class Questions(NamedTuple):
         """KL(after || before) in nats an answer, on its answers: exact at each token, summed, mean over rows."""
 
         def kl_of(piece: Batch) -> Tensor:
-            logits, reference = (response_logits(model, piece) for model in (after, before))
-            return torch.where(piece["response_mask"].bool(), rlhf.exact_kl(logits, reference, self.temperature), 0.0)
+            logits, reference = (token_logits(model, piece) for model in (after, before))
+            return spread(rlhf.exact_kl(logits, reference, self.temperature), piece["response_mask"])
 
         return in_pieces(kl_of, answers, self.precision, self.rows).sum(dim=1).mean().item()
 

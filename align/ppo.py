@@ -24,10 +24,12 @@ from align.ptx import Pretraining
 from align.rollout import (
     PromptsConfig,
     ValueModel,
-    inputs_of,
+    closed_up,
     read_prompts,
-    response_logits,
-    responses,
+    response_logprobs,
+    said,
+    spread,
+    token_logits,
     trim,
 )
 from align.rollouts import KL, Rollout, Rollouts
@@ -234,15 +236,15 @@ class PPO(nn.Module):
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         batch, config = trim(batch), self.config
         mask = batch["response_mask"]
-        logits = response_logits(self.policy, batch)  # (B, T, V)
-        logprobs = rlhf.token_logprobs(logits, responses(batch), self.temperature)  # (B, T)
+        everything = rlhf.log_probabilities(token_logits(self.policy, batch), self.temperature)  # (N, V)
+        logprobs = spread(rlhf.at(everything, said(batch)), mask)  # (B, T)
         values = self.values(batch)  # (B, T)
         policy = rlhf.policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], mask, config.cliprange)
         value_loss = rlhf.value_loss(
             values, batch["old_values"], batch["returns"], batch["reward_mask"], config.cliprange_value
         )
         with torch.no_grad():
-            entropy = rlhf.masked_sum(rlhf.entropy(logits.detach(), self.temperature), mask)
+            entropy = rlhf.entropy_of(everything).sum()
         figures = {name: x.sum() for name, x in batch.items() if "/" in name}
         text = {"ptx_loss": ptx.loss(self.policy, batch)} if "ptx_loss" in self.weights else {}
         return (
@@ -269,12 +271,13 @@ class PPO(nn.Module):
 
     def logprobs(self, model: nn.Module, batch: Batch) -> Tensor:
         """Of the response tokens under ``model``, the policy or the reference. (B, T)"""
-        return rlhf.token_logprobs(response_logits(model, batch), responses(batch), self.temperature)
+        return response_logprobs(model, batch, self.temperature)
 
     def values(self, batch: Batch) -> Tensor:
         """The value before each response token. (B, T)"""
-        T = batch["response_mask"].shape[1]
-        return self.value(batch["input_ids"], batch["attention_mask"], **inputs_of(batch))[:, -T - 1 : -1]
+        mask = batch.get("reward_mask", batch["response_mask"])
+        rows = closed_up(batch, mask)
+        return spread(self.value(**rows.inputs)[rows.before], mask)
 
 
 # ------------------------------------------------------------------------------------------------------------- stage

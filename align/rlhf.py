@@ -62,22 +62,35 @@ def whiten(
 # -------------------------------------------------------------------------------------- what the policy says of a token
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature) at the given tokens, in at least fp32. (B, T, V), (B, T) -> (B, T)
+def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature), in at least fp32, at every token of the vocabulary. (…, V) -> (…, V)
 
-    Gather minus logsumexp: no (B, T, V) log-softmax is made beside the logits. The temperature of sampling belongs here
-    too: a policy that samples from softmax(logits / .7) *is* softmax(logits / .7).
+    The temperature of sampling belongs here too: a policy that samples from softmax(logits / .7) *is* that softmax.
     """
-    logits = _full_precision(logits) / temperature
-    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    logits = _full_precision(logits)
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+
+
+def at(log_probs: Tensor, tokens: Tensor) -> Tensor:
+    """Those of the given tokens. (…, V), (…) -> (…)"""
+    return log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def entropy_of(log_probs: Tensor) -> Tensor:
+    """Entropy in nats of distributions given by their logs, never negative. (…, V) -> (…)"""
+    # a token of probability 0 adds nothing: 0 * -inf would be NaN
+    finite = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
+    return -torch.linalg.vecdot(log_probs.exp(), finite).clamp(max=0)
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature) at the given tokens, in at least fp32. (…, V), (…) -> (…)"""
+    return at(log_probabilities(logits, temperature), tokens)
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of softmax(logits / temperature) at every position, never negative. (B, T, V) -> (B, T)"""
-    logits = _full_precision(logits) / temperature
-    # logits of -inf have probability 0 and add nothing: 0 * -inf would be NaN
-    expected = (logits.softmax(-1) * logits.masked_fill(logits == -torch.inf, 0)).sum(-1)
-    return (logits.logsumexp(-1) - expected).clamp(min=0)
+    """Entropy in nats of softmax(logits / temperature) at every position, never negative. (…, V) -> (…)"""
+    return entropy_of(log_probabilities(logits, temperature))
 
 
 def _full_precision(x: Tensor) -> Tensor:
@@ -99,9 +112,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator =
 
 
 def exact_kl(logits: Tensor, ref_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(policy || reference) of each token's whole distribution, without an estimate. (B, T, V) twice -> (B, T)"""
-    logp = (_full_precision(logits) / temperature).log_softmax(-1)
-    ref_logp = (_full_precision(ref_logits) / temperature).log_softmax(-1)
+    """KL(policy || reference) of each token's whole distribution, without an estimate. (…, V) twice -> (…)"""
+    logp, ref_logp = (log_probabilities(x, temperature) for x in (logits, ref_logits))
     return torch.where(logp == -torch.inf, 0.0, logp.exp() * (logp - ref_logp)).sum(-1)
 
 

@@ -7,17 +7,19 @@ What a prompt brings beside its ids (pictures) is ``inputs.NAME`` (B, …), ever
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from align import rlhf
 from fledge import distributed
 from fledge.data import chats, world
 from fledge.data.chats import Prompts, RecordsConfig
 from fledge.data.records import Split
 from fledge.errors import RunError
-from fledge.models.sampling import left_pad, position_ids, sample
+from fledge.models.language import logits_at
+from fledge.models.sampling import left_pad, sample
 from fledge.stream import Batch, cut
 from fledge.train import autocast
 
@@ -204,20 +206,48 @@ def inputs_of(batch: Batch) -> Batch:
     return {name.removeprefix(INPUTS): x for name, x in batch.items() if name.startswith(INPUTS)}
 
 
-def response_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """The logits that each response token was drawn from: those one position before it. (B, T, V)"""
-    T = batch["response_mask"].shape[1]
-    P = batch["input_ids"].shape[1] - T
-    mask = batch["attention_mask"]
-    out = model(
-        input_ids=batch["input_ids"],
-        attention_mask=mask,
-        position_ids=position_ids(mask),
-        use_cache=False,
-        logits_to_keep=torch.arange(P - 1, P + T - 1, device=mask.device),
-        **inputs_of(batch),
-    )
-    return out.logits
+class Rows(NamedTuple):
+    """Prompts and responses as models read them fastest: without padding on the left, so that causal attention needs no
+    mask, and what stands behind the end of a row does not matter."""
+
+    inputs: dict[str, Tensor]
+    """What a model is called with: input_ids (B, S), and what the prompts bring beside ids."""
+    before: Tensor
+    """(B, S) bool; True = the next token is one that was asked for."""
+
+
+def closed_up(batch: Batch, mask: Tensor) -> Rows:
+    """The rows of a batch; ``mask`` (B, T) says which response positions are asked for."""
+    T = mask.shape[1]
+    ids, attention = batch["input_ids"], batch["attention_mask"]
+    P = ids.shape[1] - T
+    prompts = attention[:, :P].sum(dim=1, keepdim=True)  # (B, 1), their lengths
+    column = torch.arange(int(attention.sum(dim=1).max()), device=ids.device)  # (S,)
+    ids = ids.gather(1, (column + P - prompts).clamp(max=P + T - 1))
+    before = (column >= prompts - 1) & (column < prompts - 1 + mask.sum(dim=1, keepdim=True))
+    return Rows({"input_ids": ids, **inputs_of(batch)}, before)
+
+
+def token_logits(model: Any, batch: Batch) -> Tensor:
+    """The logits that each real response token was drawn from, row after row: no others are computed. (N, V)"""
+    rows = closed_up(batch, batch["response_mask"])
+    return logits_at(model, rows.before, **rows.inputs)
+
+
+def response_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """Of the response tokens under ``model``; 0 where there is none. (B, T)"""
+    found = rlhf.token_logprobs(token_logits(model, batch), said(batch), temperature)
+    return spread(found, batch["response_mask"])
+
+
+def spread(numbers: Tensor, mask: Tensor) -> Tensor:
+    """One number for each 1 of the mask, row after row, at its place; 0 elsewhere. (N,), (B, T) -> (B, T)"""
+    return torch.zeros(mask.shape, dtype=numbers.dtype, device=numbers.device).masked_scatter(mask.bool(), numbers)
+
+
+def said(batch: Batch) -> Tensor:
+    """The real response tokens, row after row. (N,)"""
+    return responses(batch)[batch["response_mask"].bool()]
 
 
 def responses(batch: Batch) -> Tensor:
@@ -232,12 +262,10 @@ class ValueModel(nn.Module):
         super().__init__()
         self.trunk, self.head = trunk, head
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
-        """(B, S), (B, S), and what the prompts bring beside ids -> (B, S), in fp32: the head is outside autocast."""
-        positions = position_ids(attention_mask)
-        out = self.trunk(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False, **inputs
-        )
+    def forward(self, input_ids: Tensor, **inputs: Tensor) -> Tensor:
+        """(B, S) without padding on the left, and what the prompts bring beside ids -> (B, S), in fp32: the head is
+        outside autocast."""
+        out = self.trunk(input_ids=input_ids, use_cache=False, **inputs)
         with torch.autocast(input_ids.device.type, enabled=False):
             return self.head(out.last_hidden_state.to(self.head.weight.dtype)).squeeze(-1)
 
@@ -252,7 +280,7 @@ def value_head(width: int, init: Literal["zero", "normal"]) -> nn.Linear:
 @torch.no_grad()
 def in_pieces(function: Callable[[Batch], Tensor], batch: Batch, precision: str, most: int | None) -> Tensor:
     """``function`` over at most ``most`` rows at a time, similar lengths together: (B,), or (B, t) padded to (B, T)."""
-    order = batch["response_mask"].sum(dim=1).argsort(stable=True)
+    order = batch["attention_mask"].sum(dim=1).argsort(stable=True)
     B, T = batch["response_mask"].shape
     found = []
     for piece in cut(B, -(-B // (most or B))):

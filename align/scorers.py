@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, model_validator
 from torch import Tensor
 
-from align.rollout import ValueModel, in_pieces, inputs_of
+from align.rollout import ValueModel, closed_up, in_pieces
 from fledge import distributed
 from fledge.artifact import Artifact
 from fledge.config import Config
@@ -128,10 +128,8 @@ class ModelScorer(Scorer):
 
     def figures(self, records: list[dict], texts: list[str], batch: Batch) -> dict[str, Tensor]:
         def last(piece: Batch) -> Tensor:
-            T = piece["response_mask"].shape[1]
-            index = piece["input_ids"].shape[1] - T + piece["response_mask"].sum(dim=1) - 1
-            values = self.value(piece["input_ids"], piece["attention_mask"], **inputs_of(piece))
-            return values.gather(1, index[:, None]).squeeze(1)
+            rows, end = closed_up(piece, piece["response_mask"]), piece["attention_mask"].sum(dim=1, keepdim=True) - 1
+            return self.value(**rows.inputs).gather(1, end).squeeze(1)
 
         raw = in_pieces(last, batch, self.precision, self.micro_batch)
         return {"score": reward_model.calibrated(self.model, raw)}

@@ -35,8 +35,8 @@ import torch
 from pydantic import PositiveFloat, PositiveInt, TypeAdapter, ValidationError, model_validator
 from torch import Tensor, nn
 
-from align import judge, rlhf, scorers
-from align.rollout import in_pieces, read_prompts, response_logits, responses
+from align import judge, scorers
+from align.rollout import in_pieces, read_prompts, response_logprobs
 from align.scorers import Scorer
 from fledge import artifact, distributed
 from fledge.artifact import Artifact
@@ -521,8 +521,7 @@ def implicit_rewards(
 
     def logprobs_of(model: nn.Module) -> Tensor:
         def summed(piece: Batch) -> Tensor:
-            logprobs = rlhf.token_logprobs(response_logits(model, piece), responses(piece))
-            return torch.where(piece["response_mask"].bool(), logprobs, 0.0).sum(dim=1)
+            return response_logprobs(model, piece).sum(dim=1)
 
         return in_pieces(summed, rows, config.train.precision, config.train.micro_batch or 64)
 

@@ -160,13 +160,9 @@ def logits_at(model: Any, where: Tensor, **inputs) -> Tensor:
 
     Args:
         where: (B, T) bool, n of them true.
-        inputs: of the model's forward, whose logits are a function of each position's own hidden state.
+        inputs: of the model's forward.
     """
-    chosen = model.get_output_embeddings().register_forward_pre_hook(lambda head, hidden: (hidden[0][where],))
-    try:
-        return model(**inputs, use_cache=False).logits
-    finally:
-        chosen.remove()
+    return model(**inputs, use_cache=False, logits_to_keep=where).logits
 
 
 def token_nats(logits: Tensor, tokens: Tensor) -> Tensor:

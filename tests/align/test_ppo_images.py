@@ -123,7 +123,7 @@ def test_pictures_stand_beside_their_own_rows_everywhere_and_in_no_save():
                     logp = model(input_ids=ids, **pixels).logits[0].log_softmax(-1)
                     expected = logp[1:-1].gather(1, ids[0, 2:, None])[:, 0]
                 else:
-                    expected = model(ids, torch.ones_like(ids), **pixels)[0, 1:-1]
+                    expected = model(ids, **pixels)[0, 1:-1]
             torch.testing.assert_close(r[name][row], expected, atol=1e-5, rtol=1e-5)
     step = 0
     batch = stream.fetch(stream.ids(step), step)

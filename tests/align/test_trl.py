@@ -51,7 +51,7 @@ def home(tmp_path_factory):
               for r in pairs for side in ("chosen", "rejected")]  # fmt: skip
     for name, lines in (("pairs", pairs), ("labels", labels)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "likes.py").write_text(
+    (folder / "fancies.py").write_text(
         "def short(records, responses):\n    return [-float(len(text)) for text in responses]\n"
     )
     settings = tokenizer.TokenizerConfig(kind="char", vocab_size=64, min_frequency=1)
@@ -118,7 +118,7 @@ ANSWERS = {"num_generations": 2, "max_completion_length": 8}
     [
         {"trainer": "dpo"},
         {"trainer": "kto"},
-        {"trainer": "grpo", "reward": "likes:short", "arguments": {**ANSWERS, "beta": 0.1}},
+        {"trainer": "grpo", "reward": "fancies:short", "arguments": {**ANSWERS, "beta": 0.1}},
         {"trainer": "rloo", "arguments": ANSWERS, "lora": {"rank": 2}, "train": {"batch": 4, "steps": 4}},  # bf16
     ],
     ids=lambda change: change["trainer"],
@@ -130,7 +130,7 @@ def test_a_trainer_is_a_stage(home, monkeypatch, change):
     parents = {"policy": str(home / "chat")}
     if change["trainer"] == "rloo":
         parents["reward"] = str(home / "reward")
-    judge = {} if change["trainer"] in ("grpo", "rloo") else {"judge": "likes:short"}
+    judge = {} if change["trainer"] in ("grpo", "rloo") else {"judge": "fancies:short"}
     made = trl.main(settings(home, name=change["trainer"], parents=parents, **judge, **change))
 
     assert made.kind == "chat-model" and set(made.parents) == set(parents)
@@ -183,7 +183,7 @@ def equal(one, other):
 
 def test_answers_of_the_policy_come_again(home, monkeypatch):
     monkeypatch.chdir(home)
-    same = {"trainer": "grpo", "reward": "likes:short", "arguments": {**ANSWERS, "temperature": 2.0}}
+    same = {"trainer": "grpo", "reward": "fancies:short", "arguments": {**ANSWERS, "temperature": 2.0}}
     once, again = (trl.main(settings(home, name=name, **same)) for name in ("once", "again"))
     assert equal(once, again) and not equal(once, artifact.open(home / "chat"))
 
@@ -346,7 +346,7 @@ def test_what_grpo_and_rloo_learn_from(home, tmp_path, monkeypatch, name):
     """Their prompts' ids are ours; rewards are our scorer's; GRPO's advantage is the reward's z-score in its group
     (Shao et al. 2024), RLOO's its lead over the others' mean (Ahmadian et al. 2024)."""
     monkeypatch.chdir(home)
-    config = settings(home, trainer=name, arguments={**ANSWERS, "num_generations": 4}, reward="likes:short")
+    config = settings(home, trainer=name, arguments={**ANSWERS, "num_generations": 4}, reward="fancies:short")
     distributed.setup("cpu")
     policy, tokens = policies(home)
     prompts = trl.prompts_of(config, tokens, "train", 48)
@@ -426,13 +426,13 @@ def test_a_reward_model_scores_calibrated(home, tmp_path):
         ({"arguments": {"beta": "much"}}, "'much' does not fit DPOConfig"),
         ({"arguments": {"loss_type": ["exo_pair"]}}, "Label smoothing must be greater"),
         ({"trainer": "grpo"}, "grpo needs a reward"),
-        ({"trainer": "rloo", "reward": "likes:nothing"}, "likes:nothing"),
+        ({"trainer": "rloo", "reward": "fancies:nothing"}, "fancies:nothing"),
         (
-            {"trainer": "grpo", "reward": "likes:short", "arguments": {"num_generations": 3}},
+            {"trainer": "grpo", "reward": "fancies:short", "arguments": {"num_generations": 3}},
             "divisible by num_generations",
         ),
         (
-            {"trainer": "grpo", "reward": "likes:short", "arguments": {"num_generations": 2}},
+            {"trainer": "grpo", "reward": "fancies:short", "arguments": {"num_generations": 2}},
             "560, but the parent model has 96",
         ),
         ({"train": {"batch": 4, "micro_batch": 3}}, "TRL cuts batches evenly"),
@@ -454,7 +454,7 @@ def test_what_cannot_be_is_said_before_anything_is_trained(home, monkeypatch, ch
     ("change", "words"),
     [
         ({"trainer": "ppo"}, "dpo"),
-        ({"reward": "likes:short"}, "learns from preferences"),
+        ({"reward": "fancies:short"}, "learns from preferences"),
         ({"data": {"label": "good", "source": "files"}}, "data.label is for trainer: kto"),
         ({"trainer": "kto", "data": {"label": "good"}}, "data.label is for trainer: kto"),
     ],

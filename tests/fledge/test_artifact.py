@@ -446,6 +446,7 @@ def test_the_card_has_python_that_loads_it(tmp_path, kind):
         "causal-lm": ["AutoModelForCausalLM"],
         "chat-model": ["AutoModelForCausalLM", "apply_chat_template"],
         "reward-model": ["AutoModelForSequenceClassification"],
+        "reward-ensemble": ["AutoModelForSequenceClassification", "members"],
         "dual-encoder": ["VisionTextDualEncoderModel"],
     }[kind]
     ast.parse(code)

@@ -287,6 +287,7 @@ class Drifting(Line):
 
 
 def drift(every: int) -> None:
+    torch.manual_seed(0)  # from some weights the next updates round the bit away
     with pytest.raises(RunError) as error:
         fit_on_rank("stop", line_rows, Drifting(), drift_every=every)
     Path(f"{distributed.rank()}.txt").write_text(str(error.value))
