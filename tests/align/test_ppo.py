@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from align import ppo, rollout, scorers
+from fledge.train import autocast
 
 V, EOS, PAD = 11, 2, 0
 
@@ -140,6 +141,27 @@ def test_ratio_is_one_and_kl_zero_at_the_first_update(make, temperature):
         out = stream.objective(batch, step)
         assert out["clipfrac"] == 0 and out["approxkl"].abs() <= 1e-5
     assert stream.rollout["objective/kl"].abs().max() <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_ratio_is_near_one_at_the_first_update_in_bf16(make):
+    """Rows stand beside others than when they were rolled out, and so round otherwise; the KL is of the same pieces."""
+    train = ppo.Train(batch=4, steps=12, precision="bf16", micro_batch=3)
+    stream = build(config(train=train), make())
+    roll(stream)
+    assert (stream.rollout["objective/kl"] == 0).all()
+    for step in range(3):
+        batch = ppo.trim(stream.fetch(stream.ids(step), step))
+        for piece in (slice(0, 1), slice(1, 4)):
+            rows = {name: x[piece] for name, x in batch.items()}
+            with autocast("bf16"):
+                logprobs = stream.objective.logprobs(stream.objective.policy, rows)
+                out = stream.objective(rows, step)
+            assert logprobs.dtype == torch.float32
+            ratio = (logprobs - rows["old_logprobs"]).exp()[rows["response_mask"].bool()]
+            assert (ratio - 1).abs().max() <= 0.05
+            assert out["clipfrac"] == 0 and out["approxkl"] / rows["response_mask"].sum() <= 1e-3
 
 
 @torch.no_grad()

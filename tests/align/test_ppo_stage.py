@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from align import ppo, reward
 from fledge import artifact
@@ -159,6 +160,46 @@ def test_the_value_learns_alone_while_it_warms_up(home, monkeypatch):
     assert steps == [[0, n] for n in range(1, 8)] + [[1, 8]] and moved_by(home, made)
     curve = [json.loads(line) for line in (home / "runs" / "warm" / "metrics.jsonl").read_text().splitlines()]
     assert {line["train/objective/kl"] for line in curve} == {0.0}  # all rollouts are the reference's
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_the_average_of_the_weights_is_what_is_handed_over(home, monkeypatch, lora):
+    """The recursion over what each update left, of the policy alone; training goes on without it."""
+    monkeypatch.chdir(home)
+    after: list[dict[str, torch.Tensor]] = []
+    policy: list[torch.nn.Module] = []
+    plain_step, plain_init = torch.optim.AdamW.step, ppo.PPO.__init__
+
+    def init(self, model, *args, **kw):
+        plain_init(self, model, *args, **kw)
+        policy[:] = [model]
+
+    def step(self, *args, **kw):
+        if not after:
+            after.append({name: p.detach().clone() for name, p in policy[0].named_parameters()})
+        found = plain_step(self, *args, **kw)
+        after.append({name: p.detach().clone() for name, p in policy[0].named_parameters()})
+        return found
+
+    monkeypatch.setattr(ppo.PPO, "__init__", init)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    value = {"init": "policy", "head": "zero"}
+    given = {"reward": "likes:first_letter", "value": value, "optim": {"lr": 1e-2}, "lora": lora}
+    made = ppo.main(settings(home, name=f"average_{bool(lora)}", ppo={"num_ppo_epochs": 2, "ema": 0.7}, **given))
+    assert len(after) == 9
+    average = after[0]
+    for weights in after[1:]:
+        average = {name: 0.7 * average[name] + 0.3 * weights[name] for name in average}
+    found = made.tensors()
+    if lora:
+        average = {name.replace(".policy.", "."): x for name, x in average.items() if ".policy." in name}
+        adapter = load_file(made.path / adapters.FOLDER / "adapter_model.safetensors")
+        found = {name.removeprefix("base_model.model."): x for name, x in adapter.items()}
+        after[-1] = {name.replace(".policy.", "."): x for name, x in after[-1].items()}
+        assert set(found) == set(average)
+    for name, tensor in average.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(tensor, after[-1][name])
 
 
 @pytest.mark.parametrize(
