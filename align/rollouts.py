@@ -65,7 +65,7 @@ class KL(Config):
     estimator: rlhf.KLEstimator = "k1"
     target: PositiveFloat | None = None
     """If given, the coefficient is steered so that the KL of an answer becomes this (Ziegler et al.: 6, coef .15)."""
-    horizon: PositiveFloat = 10_000
+    horizon: PositiveFloat = 10_000.0
     """Of the controller, in answers."""
 
 
