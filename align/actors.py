@@ -81,7 +81,7 @@ def one_trunk(policy: Any, lora: LoRAConfig, value: Value) -> Actors:
     if not all(id(parameter) in inside for parameter in valuing):
         raise InputError(f"lora.targets {lora.targets} reach the policy's head, which its value lacks; leave it out")
     learning = adapters.add(policy, lora, POLICY)
-    head = value_head(policy.config.hidden_size, value.head)  # type: ignore[arg-type]  (not "reward": Config refuses)
+    head = value_head(policy.config.get_text_config().hidden_size, value.head)  # type: ignore[arg-type]  (not "reward": Config refuses)
     critic = ValueModel(adapters.View(policy.base_model, VALUE), head)
     return Actors(policy, adapters.View(policy, None), critic, learning, [*valuing, *head.parameters()])
 
@@ -97,7 +97,7 @@ def build_value(config: Value, policy: Any, parents: dict[str, Artifact]) -> Val
         trunk = reward.base_model
         if config.head == "reward":
             return ValueModel(trunk, reward_model.calibrated_head(reward))
-    head = value_head(policy.config.hidden_size, config.head)  # type: ignore[arg-type]  (as above)
+    head = value_head(policy.config.get_text_config().hidden_size, config.head)  # type: ignore[arg-type]  (as above)
     return ValueModel(trunk, head)
 
 

@@ -135,7 +135,7 @@ def sides_of(opened: list[Artifact], config: PromptsConfig, split: Split, asking
     """Both models with the prompts that both can be asked, in one order, each in its own template and tokens."""
     models = [language.read(one).eval().to(distributed.device()) for one in opened]
     tokenizers = [language.read_tokenizer(one) for one in opened]
-    rooms = [m.config.max_position_embeddings - asking["max_new_tokens"] for m in models]
+    rooms = [language.positions(m.config) - asking["max_new_tokens"] for m in models]
     if min(rooms) < 2:
         small = opened[rooms.index(min(rooms))].path
         raise InputError(f"max_new_tokens {asking['max_new_tokens']} leaves no room for a prompt in {small}; lower it")

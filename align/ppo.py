@@ -290,9 +290,9 @@ def check(config: Config, policy: Any, tokenizer: Any, parents: dict[str, Artifa
         InputError: rows are longer than a parent has positions; fewer rows than processes; no token ends an answer.
     """
     wanted = config.data.max_length + config.rollout.max_new_tokens
-    for role, at in parents.items():
-        room = policy.config.max_position_embeddings if role == "policy" else positions(at)
-        if room is not None and wanted > room:
+    for at in parents.values():
+        room = positions(at)
+        if wanted > room:
             raise InputError(
                 f"data.max_length {config.data.max_length} + rollout.max_new_tokens {config.rollout.max_new_tokens} = "
                 f"{wanted} tokens, but {at.path} has {room} positions; lower one of them"
@@ -307,15 +307,12 @@ def check(config: Config, policy: Any, tokenizer: Any, parents: dict[str, Artifa
     share(config.train.batch, 0, distributed.world_size(), config.train.most_rows)
 
 
-def positions(at: Artifact) -> int | None:
-    """How many positions the language models of an artifact have, where their configs say so."""
+def positions(at: Artifact) -> int:
+    """How many tokens all language models of an artifact read."""
     from transformers import AutoConfig
 
     folders = [member.path for member in reward_model.members(at)]
-    configs = [AutoConfig.from_pretrained(folder, local_files_only=True) for folder in folders]
-    return min(
-        (n for config in configs if (n := getattr(config, "max_position_embeddings", None)) is not None), default=None
-    )
+    return min(language.positions(AutoConfig.from_pretrained(folder, local_files_only=True)) for folder in folders)
 
 
 def handed_over(objective: PPO, watch: Watch) -> Watch:
@@ -336,9 +333,10 @@ def main(config: Config) -> Artifact:
         artifact.same_tokenizer(parents["policy"], parents[role])
     with Run.open(config, parents) as run:
         tokens = language.read_tokenizer(parents["policy"])
+        processor = language.read_processor(parents["policy"].path)
         policy = language.read(parents["policy"])
         check(config, policy, tokens, parents)
-        prompts = read_prompts(config.data, tokens, "train")
+        prompts = read_prompts(config.data, tokens, "train", processor)
         run.say(prompts.report())
         scorer = scorers.build(
             config.reward, config.rewards, config.ensemble, parents, config.train.precision, config.train.most_rows
@@ -364,7 +362,7 @@ def main(config: Config) -> Artifact:
 
         def questions(split: Split) -> judge.Questions:
             return judge.Questions(
-                prompts=read_prompts(config.data, tokens, split),
+                prompts=read_prompts(config.data, tokens, split, processor),
                 tokenizer=tokens,
                 most=config.evaluation.prompts,
                 seed=config.seed,
@@ -388,7 +386,7 @@ def main(config: Config) -> Artifact:
                 run.samples("answers", table, "Held-out prompts, answered before and after")
             return run.publish(
                 WRITES,
-                lambda folder: cast.save(tokens, folder),
+                lambda folder: cast.save(processor or tokens, folder),
                 scores,
                 architecture={"name": type(policy).__name__, "parameters": size},
                 preprocessing={**parents["policy"].preprocessing, "template": config.data.template},

@@ -28,7 +28,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -92,6 +92,8 @@ class Data(PreferencesConfig):
     """kto with labels, grpo, rloo: the field with a list of {role, content}; records without it have a prompt."""
     completion: str = "completion"
     """kto with labels: the field of the answer."""
+    image: ClassVar[None] = None
+    """TRL's trainers are given no pictures."""
     label: str | None = None
     """kto: the field that says by true or false whether an answer is desirable; null: the records are pairs."""
 
@@ -671,7 +673,7 @@ def check_lengths(config: Config, args: Any, policy: Any) -> None:
 def questions(config: Config, tokens: Any, policy: Any) -> judge.Questions:
     """Held-out prompts that leave room for an answer, and how both policies are asked them."""
     asked = config.evaluation
-    room = policy.config.max_position_embeddings - asked.max_new_tokens
+    room = language.positions(policy.config) - asked.max_new_tokens
     return judge.Questions(
         prompts=prompts_of(config, tokens, asked.split, room),
         tokenizer=tokens,

@@ -32,7 +32,9 @@ class Chatter:
     ) -> None:
         self.model, self.tokenizer, self.seed = model.eval(), tokenizer, seed
         self.max_new_tokens, self.temperature, self.top_k = max_new_tokens, temperature, top_k
-        self.positions = positions(model.config)
+        from fledge.models import language
+
+        self.positions = language.positions(model.config)
         ends = getattr(model.generation_config, "eos_token_id", None)  # a chat model may name several
         ends = ends if isinstance(ends, list) else [ends]
         self.eos_ids = {i for i in [*ends, tokenizer.eos_token_id] if i is not None}
@@ -186,11 +188,6 @@ def open_chatter(path: str | Path, **settings: Any) -> Chatter:
     if tokenizer.chat_template is None:
         raise InputError(f"{path} has no chat template, so it cannot be talked to; leave out --chat to continue a text")
     return Chatter(model, tokenizer, **settings)
-
-
-def positions(config: Any) -> int:
-    """How many tokens a model reads."""
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31
 
 
 # ---------------------------------------------------------------------------------------------------------- terminal

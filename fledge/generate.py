@@ -92,11 +92,12 @@ def prompt_ids(opened: Artifact, tokens: Any, prompt: str) -> list[int]:
 
 def room_for(model: Any, length: int, opened: Artifact, least: int = 0) -> int:
     """How many tokens the model reads beside `length`; an error where that is less than `least`."""
-    sizes = model.config
-    most = getattr(sizes, "max_position_embeddings", None) or getattr(sizes, "n_positions", None) or 2**31
+    from fledge.models import language
+
+    most = language.positions(model.config)
     if length + least > most:
         raise InputError(f"the prompt has {length} tokens, but {opened.path} reads {most}; shorten it")
-    return int(most) - length
+    return most - length
 
 
 def fill(opened: Artifact, prompt: str) -> str:

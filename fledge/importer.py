@@ -18,7 +18,7 @@ VISION = ("vision-encoder", "image-classifier")
 AUTO = {
     "text-encoder": "AutoModelForMaskedLM",
     "causal-lm": "AutoModelForCausalLM",
-    "chat-model": "AutoModelForCausalLM",
+    "chat-model": "AutoModelForCausalLM",  # or AutoModelForImageTextToText, where it sees
     "reward-model": "AutoModelForSequenceClassification",
     "dual-encoder": "VisionTextDualEncoderModel",
 }
@@ -170,24 +170,26 @@ def _transformers(kind: str, folder: Path) -> dict[str, Any]:
     is_dual = _description(folder).get("model_type") == "vision-text-dual-encoder"
     if is_dual != (kind == "dual-encoder"):
         raise InputError(f"{folder} is {'a' if is_dual else 'no'} vision-text-dual-encoder, expected a {kind}")
+    auto = language.writes(folder) if kind == "chat-model" else AUTO[kind]
     options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False, "dtype": "auto"}
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its loading report is told below, in a sentence
     try:
-        model, report = getattr(transformers, AUTO[kind]).from_pretrained(folder, output_loading_info=True, **options)
+        model, report = getattr(transformers, auto).from_pretrained(folder, output_loading_info=True, **options)
     except Exception as error:
-        raise InputError(f"{folder} cannot be read as a {kind} by {AUTO[kind]} ({_words(error)})") from error
+        raise InputError(f"{folder} cannot be read as a {kind} by {auto} ({_words(error)})") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     left = [name for name in report["unexpected_keys"] if not any(unused in name for unused in UNUSED)]
     faults = {"missing": report["missing_keys"], "left over": left, "of another shape": report["mismatched_keys"]}
     named = "; ".join(f"{what}: {', '.join(sorted(map(str, names))[:6])}" for what, names in faults.items() if names)
     if named:
-        raise InputError(f"{folder} does not fit {AUTO[kind]}, which a {kind} is read with ({named})")
+        raise InputError(f"{folder} does not fit {auto}, which a {kind} is read with ({named})")
     tokens = _tokenizer(kind, folder)
     _check_language(kind, model, tokens, folder)
+    processor = language.read_processor(folder) if auto == "AutoModelForImageTextToText" else None
     return {
-        "save": lambda to: language.save(model, tokens, to),
+        "save": lambda to: language.save(model, processor or tokens, to),
         "architecture": {"name": type(model).__name__, "parameters": language.size(model)},
         "preprocessing": _preprocessing(model, tokens),
     }

@@ -26,6 +26,8 @@ from fledge.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from fledge.data.pictured import Pictured
+
 Message = dict[str, str]
 Segment = tuple[str, bool]  # text with its special tokens written out, scored
 Overlong = Literal["drop", "truncate"]
@@ -494,6 +496,7 @@ class Prompts:
     Args:
         found: records with their ``prompt`` as messages.
         max_length: tokens of a prompt at most.
+        pictures: what prompts show beside their words.
     """
 
     def __init__(
@@ -506,20 +509,28 @@ class Prompts:
         max_length: int = 512,
         overlong: Overlong = "drop",
         at_least: int = 1,
+        pictures: "Pictured | None" = None,
     ) -> None:
         self.pad_id, skipped, self.truncated = tokenizers.pad_id(tokenizer), Counter[str](), 0
-        unique: dict[str, dict] = {}
+        self.pictures = pictures
+        unique: dict[tuple[str, str], dict] = {}
         pattern = markers(tokenizer)
         for record in found:
             if marked(pattern, record["prompt"]):
                 skipped[MARKED] += 1
                 continue
-            text = prompt_text(tokenizer, record["prompt"], template)
+            if pictures is not None and (fault := pictures.fault(record)):
+                skipped[fault] += 1
+                continue
+            asked = record["prompt"] if pictures is None else pictures.asked(record["prompt"])
+            text = prompt_text(tokenizer, asked, template), "" if pictures is None else pictures.name(record)
             skipped[TWICE] += text in unique
             unique.setdefault(text, record)
         self.records: list[dict] = []
         self.ids: list[list[int]] = []
-        for record, ids in zip(unique.values(), ids_of(tokenizer, list(unique)), strict=True):
+        texts, usable = [text for text, _ in unique], list(unique.values())
+        every = ids_of(tokenizer, texts) if pictures is None else pictures.ids(texts, usable)
+        for record, ids in zip(usable, every, strict=True):
             if len(ids) > max_length and overlong == "drop":
                 skipped[LONG] += 1
                 continue
@@ -541,8 +552,8 @@ class Prompts:
         return {"input_ids": tokens, "attention_mask": mask}
 
     def inputs(self, ids: list[int]) -> dict[str, Tensor]:
-        """What they bring beside ids, (B, …) each, by the name of the model's argument: nothing, as they are text."""
-        return {}
+        """What they bring beside ids, (B, …) each, by the name of the model's argument; nothing without pictures."""
+        return {} if self.pictures is None else self.pictures.inputs([self.records[i] for i in ids])
 
     def report(self) -> str:
         return report(len(self), self.skipped, self.truncated)

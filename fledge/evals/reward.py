@@ -50,10 +50,10 @@ class Judge:
         else:
             behind = answer + str(self.tokens.eos_token)
         (first, _), (last, _) = chats.ids_of_segments(self.tokens, [[(before, False), (behind, True)]])[0]
-        room = int(self.model.config.max_position_embeddings) - len(last)
+        room = language.positions(self.model.config) - len(last)
         if len(first) > room:
             first = chats.shorten(first, room, tokenizers.bos_id(self.tokens)) or []
-        return [*first, *last][-int(self.model.config.max_position_embeddings) :]
+        return [*first, *last][-language.positions(self.model.config) :]
 
     def raw(self, texts: list[list[int]]) -> Tensor:
         """(B,) the head at each text's last token, found by its length and never by a pad id."""

@@ -219,17 +219,37 @@ def read_tokenizer(artifact: Artifact) -> Any:
     return AutoTokenizer.from_pretrained(artifact.path, local_files_only=True)
 
 
-def read(artifact: Artifact, auto: str = "AutoModelForCausalLM", **options) -> Any:
+def read_processor(folder: Path) -> Any:
+    """The processor of a model that sees, which holds its tokenizer too; None: the model reads text alone."""
+    from transformers import AutoProcessor
+
+    if not any((folder / name).exists() for name in ("processor_config.json", "preprocessor_config.json")):
+        return None
+    return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def writes(folder: Path) -> str:
+    """transformers' Auto class for a model that writes text: a causal one, or one that sees beside."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    kind = type(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    sees = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
+
+
+def read(artifact: Artifact, auto: str | None = None, **options) -> Any:
     """The model of a language artifact, in fp32, strictly: a tensor left over or missing is an error.
 
     Args:
-        auto: transformers' Auto class.
+        auto: transformers' Auto class; by default that of ``writes``.
         options: passed to from_pretrained; ``expect_missing`` names prefixes that are allowed to be new.
     """
     import transformers
 
     expect_missing = tuple(options.pop("expect_missing", ()))
     expect_unexpected = tuple(options.pop("expect_unexpected", ()))
+    auto = auto or writes(artifact.path)
     with quiet():
         model, report = getattr(transformers, auto).from_pretrained(
             artifact.path, local_files_only=True, use_safetensors=True, trust_remote_code=False,
@@ -246,16 +266,22 @@ def read(artifact: Artifact, auto: str = "AutoModelForCausalLM", **options) -> A
     return model
 
 
+def positions(config: Any) -> int:
+    """How many tokens a model of this config reads; many, where it does not say."""
+    text = config.get_text_config()
+    return int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2**31)
+
+
 def room(model: Any, input_ids: Tensor) -> int:
     """How many tokens the model can say behind prompts (B, P) before its positions end."""
-    return max(0, model.config.max_position_embeddings - input_ids.shape[1])
+    return max(0, positions(model.config) - input_ids.shape[1])
 
 
 def check_length(model: Any, length: int, key: str) -> None:
     """Refuse rows of ``length`` tokens where the model has fewer positions, as an InputError that names ``key``."""
-    positions = model.config.max_position_embeddings
-    if length > positions:
-        raise InputError(f"{key} is {length}, but the parent model has {positions} positions; use at most {positions}")
+    most = positions(model.config)
+    if length > most:
+        raise InputError(f"{key} is {length}, but the parent model has {most} positions; use at most {most}")
 
 
 def size(model: nn.Module) -> int:
