@@ -30,10 +30,10 @@ class Chatter:
     def __init__(
         self, model: Any, tokenizer: Any, *, max_new_tokens: int, temperature: float, top_k: int | None, seed: int
     ) -> None:
-        self.model, self.tokenizer, self.seed = model.eval(), tokenizer, seed
-        self.max_new_tokens, self.temperature, self.top_k = max_new_tokens, temperature, top_k
         from fledge.models import language
 
+        self.model, self.tokenizer, self.seed = model.eval(), tokenizer, seed
+        self.max_new_tokens, self.temperature, self.top_k = max_new_tokens, temperature, top_k
         self.positions = language.positions(model.config)
         ends = getattr(model.generation_config, "eos_token_id", None)  # a chat model may name several
         ends = ends if isinstance(ends, list) else [ends]

@@ -23,7 +23,7 @@ each = pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
 # Fields of a data section that say nothing about the world, which knows its own; and those that speak of nothing else.
 OF_FILES = {"resize_to", "max_pixels", "holdout", "image_field", "caption_field", "join", "where", "split_on", "field"}
 OF_FILES |= {"validation_fraction", "test_fraction", "split_field", "prompt", "messages", "completion"}
-OF_FILES |= {"chosen", "rejected", "margin", "responses", "ranks", "scores", "label"}
+OF_FILES |= {"chosen", "rejected", "margin", "responses", "ranks", "scores", "label", "image"}
 OF_WORLD = {"kinds", "fonts"}
 
 
