@@ -128,8 +128,8 @@ class Config(StageConfig):
     ensemble: Ensemble | None = None
     """How the members of an ensemble make one score; null: their mean."""
     judge: str | None = None
-    """``module:function`` of the same form that judges before and after and that PPO never sees; None: the parent judge,
-    else the Unicode database for the world, else the reward itself."""
+    """``module:function`` of the same form that judges before and after and that PPO never sees; None: the parent
+    judge, else the Unicode database for the world, else the reward itself."""
     trainable: str | None = None
     """Learn only the policy's parameters whose names hold this regular expression, such as ``norm``; None: all. An
     answer teaches a few bits, and what it teaches millions of parameters is mostly noise; few answers, few parameters
