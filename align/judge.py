@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from align import rlhf
 from align.rollout import answer, decode, in_pieces, spread, token_logits
-from align.scorers import FunctionScorer, Scorer, callable_of
+from align.scorers import FunctionScorer, Scorer, TextScorer, callable_of
+from fledge.artifact import Artifact
 from fledge.data import world
 from fledge.data.chats import Prompts, RecordsConfig
 from fledge.evals.score import Score, bootstrap, paired
@@ -27,10 +28,15 @@ def world_gold(records: list[dict], texts: list[str]) -> list[float]:
     return [world.gold(record, text) for record, text in zip(records, texts, strict=True)]
 
 
-def build(name: str | None, data: RecordsConfig, reward: Scorer) -> Judge:
-    """The function that is named; else the Unicode database, for the world; else the reward itself."""
+def build(
+    name: str | None, data: RecordsConfig, reward: Scorer, apart: Artifact | None = None, precision: str = "fp32"
+) -> Judge:
+    """The function that is named; else the reward model `apart`; else the Unicode database, for the world; else the
+    reward itself."""
     if name is not None:
         return Judge(FunctionScorer(callable_of(name, "judge"), name), name.rpartition(":")[2], True)
+    if apart is not None:
+        return Judge(TextScorer(apart, precision), "judge's reward", True)
     if data.source == "world":
         return Judge(FunctionScorer(world_gold, "world.gold"), "gold score", True)
     return Judge(reward, "reward", False)

@@ -61,6 +61,8 @@ class Parents(BaseConfig):
     """Another one, for ``rewards``."""
     reward_3: str | None = parent(*reward_model.KINDS, required=False)
     """A third one."""
+    judge: str | None = parent("reward-model", required=False)
+    """One that judges before and after and that PPO never sees; its tokenizer may be another."""
 
 
 class Algorithm(BaseConfig):
@@ -126,8 +128,8 @@ class Config(StageConfig):
     ensemble: Ensemble | None = None
     """How the members of an ensemble make one score; null: their mean."""
     judge: str | None = None
-    """``module:function`` of the same form that judges before and after and that PPO never sees; None: the Unicode
-    database for the world, else the reward itself."""
+    """``module:function`` of the same form that judges before and after and that PPO never sees; None: the parent
+    judge, else the Unicode database for the world, else the reward itself."""
     trainable: str | None = None
     """Learn only the policy's parameters whose names hold this regular expression, such as ``norm``; None: all. An
     answer teaches a few bits, and what it teaches millions of parameters is mostly noise; few answers, few parameters
@@ -154,6 +156,10 @@ class Config(StageConfig):
                 "train.engine: fsdp2 deals parameters out, and PPO generates with the whole policy on every process; "
                 "use train.engine: ddp"
             )
+        if self.judge is not None and self.parents.judge is not None:
+            raise ValueError("judge and parents.judge are both given; one of them judges")
+        if self.judge is not None and self.parents.judge is not None:
+            raise ValueError("judge and parents.judge are both given; use one of them")
         if self.reward is not None and self.rewards is not None:
             raise ValueError("reward and rewards are both given; name the function in a part of rewards")
         labels = [part.label for part in self.rewards or ()]
@@ -287,10 +293,13 @@ def check(config: Config, policy: Any, tokenizer: Any, parents: dict[str, Artifa
     """Refuse what cannot be, before anything is trained.
 
     Raises:
-        InputError: rows are longer than a parent has positions; fewer rows than processes; no token ends an answer.
+        InputError: rows are longer than a parent has positions; fewer rows than processes; no token ends an answer; the
+            judge is a reward that is trained on.
     """
     wanted = config.data.max_length + config.rollout.max_new_tokens
-    for at in parents.values():
+    for role, at in parents.items():
+        if role == "judge":  # reads texts, and shortens what is too long for it
+            continue
         room = positions(at)
         if wanted > room:
             raise InputError(
@@ -305,6 +314,9 @@ def check(config: Config, policy: Any, tokenizer: Any, parents: dict[str, Artifa
             "and all would be penalised; set rollout.missing_eos_penalty: null"
         )
     share(config.train.batch, 0, distributed.world_size(), config.train.most_rows)
+    apart = parents.get("judge")
+    if apart and (same := [role for role, at in parents.items() if role != "judge" and at.digest == apart.digest]):
+        raise InputError(f"parents.judge is parents.{same[0]}, which PPO is trained on; give another reward model")
 
 
 def positions(at: Artifact) -> int:
@@ -341,7 +353,7 @@ def main(config: Config) -> Artifact:
         scorer = scorers.build(
             config.reward, config.rewards, config.ensemble, parents, config.train.precision, config.train.most_rows
         )
-        referee = judge.build(config.judge, config.data, scorer)
+        referee = judge.build(config.judge, config.data, scorer, parents.get("judge"), config.train.precision)
         size = language.size(policy)
         torch.manual_seed(derive("init", config.seed))
         cast = actors.build(policy, parents, lora=config.lora, trainable=config.trainable, value=config.value)

@@ -18,6 +18,7 @@ from fledge import distributed
 from fledge.artifact import Artifact
 from fledge.config import Config
 from fledge.errors import InputError, RunError
+from fledge.evals.reward import Judge
 from fledge.models import reward_model
 from fledge.stream import Batch
 
@@ -133,6 +134,16 @@ class ModelScorer(Scorer):
 
         raw = in_pieces(last, batch, self.precision, self.micro_batch)
         return {"score": reward_model.calibrated(self.model, raw)}
+
+
+class TextScorer(Scorer):
+    """A reward model that reads prompts and answers as texts: its tokenizer may be another."""
+
+    def __init__(self, reward: Artifact, precision: str) -> None:
+        self.judge = Judge(reward, precision)
+
+    def figures(self, records: list[dict], texts: list[str], batch: Batch) -> dict[str, Tensor]:
+        return {"score": self.judge([record["prompt"] for record in records], texts)}
 
 
 class EnsembleScorer(Scorer):

@@ -99,6 +99,35 @@ def test_a_reward_model_and_a_judge(home, monkeypatch):
     assert len(lines) == 8 and '"train/objective/kl"' in lines[0]
 
 
+def test_a_parent_judges_that_reads_other_tokens(home):
+    """Its head says nothing, so that by its calibration every answer is worth (0 - 0.1) * 2."""
+    from fledge.data import tokenizer
+    from fledge.models import language
+
+    letters = tokenizer.TokenizerConfig(kind="char", vocab_size=48, min_frequency=1)
+    tokens = tokenizer.train(letters, ["abcdefghijklmnopqrstuvwxyz? and others"])
+    sizes = language.CausalConfig(arch="llama", embed_dim=16, depth=1, num_heads=2, context_length=16)
+    parts = {"config": "", "architecture": {}, "preprocessing": {"tokenizer": tokenizer.digest(tokens)}}
+    untaught = language.build_causal(sizes, tokens)
+    base = artifact.write(home / "base", kind="causal-lm", save=lambda at: language.save(untaught, tokens, at), **parts)
+    model = reward.build(base, tokens, 0, head_init="zero")
+    model.config.reward_offset, model.config.reward_scale = 0.1, 2.0
+    artifact.write(home / "judge", kind="reward-model", save=lambda at: language.save(model, tokens, at), **parts)
+
+    parents = {"policy": str(home / "chat"), "reward": str(home / "reward"), "judge": str(home / "judge")}
+    made = ppo.main(settings(home, name="judged", parents=parents))
+    assert set(made.parents) == {"policy", "reward", "judge"}
+    assert [score["metric"] for score in made.scores] == ["judge's reward", "gain in judge's reward"]
+    assert made.scores[0]["before"] == made.scores[0]["after"] == pytest.approx(-0.2)
+    assert "trained on" not in made.scores[0]["note"]
+    assert '"train/objective/score"' in (home / "runs" / "judged" / "metrics.jsonl").read_text()
+
+    with pytest.raises(InputError, match="parents.judge is parents.reward, which PPO is trained on"):
+        ppo.main(settings(home, name="same", parents={**parents, "judge": parents["reward"]}))
+    with pytest.raises(ValidationError, match="judge and parents.judge are both given"):
+        settings(home, name="both", parents=parents, judge="likes:first_letter")
+
+
 def test_the_frontier_is_watched(home, monkeypatch):
     """Judge and reward are asked of the same answers; at the first look the policy is still its reference."""
     (home / "both.py").write_text(
@@ -226,6 +255,7 @@ def test_what_cannot_be_is_said_before_anything_is_trained(home, monkeypatch, ch
         ({"value": {"init": "policy"}}, "value.head is reward"),
         ({"rollout": {"temperature": 0.0}}, "greater than 0"),
         ({"trainable": "norm("}, "no regular expression"),
+        ({"judge": "likes:first_letter", "parents": {"policy": "a", "judge": "b"}}, "use one of them"),
     ],
 )
 def test_contradictions_in_the_config(home, change, words):
