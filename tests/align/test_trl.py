@@ -202,6 +202,17 @@ def test_dpo_learns_pairs_that_it_has_not_seen(home):
     assert lines[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6) and lines[-1]["train/loss"] < 0.5
 
 
+def test_grpo_learns_what_it_is_rewarded_for(home, monkeypatch):
+    """Short answers, also to prompts that it has not seen."""
+    monkeypatch.chdir(home)
+    train = {"batch": 16, "steps": 30, "precision": "fp32", "device": "cpu"}
+    made = trl.main(
+        settings(home, name="grows", trainer="grpo", reward="fancies:short", arguments=ANSWERS, train=train)
+    )
+    reward, gain = made.scores
+    assert gain["low"] > 0 and reward["after"] > reward["before"] and made.metrics["kl"] > 0
+
+
 @pytest.fixture(scope="module")
 def in_one_go(home):
     return trl.main(settings(home, name="in_one_go"))
