@@ -8,9 +8,9 @@ import copy
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import PositiveFloat
+from pydantic import AfterValidator, PositiveFloat
 from torch import nn
 
 from align.rollout import ValueModel, value_head
@@ -22,6 +22,18 @@ from fledge.models.adapters import LoRAConfig
 
 POLICY, VALUE = "policy", "value"
 """The adapters on one trunk."""
+
+
+def _expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+    return pattern
+
+
+Trainable = Annotated[str, AfterValidator(_expression)]
+"""What names of parameters that learn hold; see ``choose_trainable``."""
 
 
 class Value(Config):

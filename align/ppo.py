@@ -10,7 +10,6 @@ B rows, P prompt positions (padded on the left), T response positions (padded on
 """
 
 import contextlib
-import re
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -19,7 +18,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from align import actors, judge, ptx, rlhf, scorers
-from align.actors import Value
+from align.actors import Trainable, Value
 from align.ptx import Pretraining
 from align.rollout import (
     PromptsConfig,
@@ -130,7 +129,7 @@ class Config(StageConfig):
     judge: str | None = None
     """``module:function`` of the same form that judges before and after and that PPO never sees; None: the parent
     judge, else the Unicode database for the world, else the reward itself."""
-    trainable: str | None = None
+    trainable: Trainable | None = None
     """Learn only the policy's parameters whose names hold this regular expression, such as ``norm``; None: all. An
     answer teaches a few bits, and what it teaches millions of parameters is mostly noise; few answers, few parameters
     (Zhao et al. 2023, https://arxiv.org/abs/2312.11420, tune the gains of the norms alone)."""
@@ -158,23 +157,11 @@ class Config(StageConfig):
             )
         if self.judge is not None and self.parents.judge is not None:
             raise ValueError("judge and parents.judge are both given; one of them judges")
-        if self.judge is not None and self.parents.judge is not None:
-            raise ValueError("judge and parents.judge are both given; use one of them")
-        if self.reward is not None and self.rewards is not None:
-            raise ValueError("reward and rewards are both given; name the function in a part of rewards")
-        labels = [part.label for part in self.rewards or ()]
-        if len(set(labels)) < len(labels):
-            raise ValueError(
-                f"two parts of rewards are called {', '.join(sorted(labels))}; give each a name of its own"
-            )
+        scorers.check(self.reward, self.rewards)
         if self.lora is not None:
             self._adapters_agree(self.lora)
         if self.value.init == "policy" and self.value.head == "reward":
             raise ValueError("value.head is reward, but value.init is policy; use zero or normal")
-        try:
-            re.compile(self.trainable or "")
-        except re.error as error:
-            raise ValueError(f"trainable {self.trainable!r} is no regular expression: {error}") from error
         return self
 
     def _adapters_agree(self, lora: LoRAConfig) -> None:

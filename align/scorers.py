@@ -59,6 +59,15 @@ class Part(Config):
         return self.name or self.model or str(self.function).rpartition(":")[2]
 
 
+def check(reward: str | None, parts: Sequence[Part] | None) -> None:
+    """Raise ValueError where a config's ``reward`` and ``rewards`` contradict each other."""
+    if reward is not None and parts is not None:
+        raise ValueError("reward and rewards are both given; name the function in a part of rewards")
+    labels = [part.label for part in parts or ()]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"two parts of rewards are called {', '.join(sorted(labels))}; give each a name of its own")
+
+
 class Scorer:
     """What scores finished responses; ``batch`` holds input_ids, attention_mask and response_mask, and the prompts'
     ``inputs.NAME``."""
@@ -211,7 +220,7 @@ def build(
         return WeightedSum({part.label: (of_part(part), part.weight) for part in parts})
     if "reward" not in parents:
         raise InputError(
-            "align.ppo needs a reward: parents.reward (a reward-model), reward: module:function, or rewards: a list"
+            "this stage needs a reward: parents.reward (a reward-model), reward: module:function, or rewards: a list"
         )
     return of_model("reward")
 

@@ -255,7 +255,6 @@ def test_what_cannot_be_is_said_before_anything_is_trained(home, monkeypatch, ch
         ({"value": {"init": "policy"}}, "value.head is reward"),
         ({"rollout": {"temperature": 0.0}}, "greater than 0"),
         ({"trainable": "norm("}, "no regular expression"),
-        ({"judge": "likes:first_letter", "parents": {"policy": "a", "judge": "b"}}, "use one of them"),
     ],
 )
 def test_contradictions_in_the_config(home, change, words):

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
-from align import trl
+from align import ensemble, examples, held_out, trl, trl_loop
+from align.implicit import Implicit
+from align.scorers import Scorer
 from fledge import artifact, distributed, recipe
 from fledge.data.preferences import Preferences, PreferencesConfig
 from fledge.errors import InputError, Preempted, RunError
@@ -49,22 +51,37 @@ def home(tmp_path_factory):
     ]
     labels = [{"prompt": r["prompt"], "completion": r[side], "good": side == "chosen"}
               for r in pairs for side in ("chosen", "rejected")]  # fmt: skip
-    for name, lines in (("pairs", pairs), ("labels", labels)):
+    ranked = [{"prompt": f"{a}?", "said": NAMES[:4], "scores": [2, 0.5, 2, 1]} for a in NAMES]
+    for name, lines in (("pairs", pairs), ("labels", labels), ("ranked", ranked)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "fancies.py").write_text(
         "def short(records, responses):\n    return [-float(len(text)) for text in responses]\n"
+        "def broken(records, responses):\n    return [float('nan') for text in responses]\n"
     )
     settings = tokenizer.TokenizerConfig(kind="char", vocab_size=64, min_frequency=1)
     tokens = tokenizer.train(settings, [f"{a} {b}?" for a in NAMES for b in NAMES])
     made = chat(folder / "chat", tokens)
     chat(folder / "gpt2", tokens, "gpt2")
-    model = reward.build(made, tokens, 0)
-    model.config.reward_offset, model.config.reward_scale = 0.1, 2.0
-    artifact.write(
-        folder / "reward", kind="reward-model", save=lambda at: language.save(model, tokens, at),
-        config="stage: align.reward\n", architecture={},
+    seen = {"template": "chat", "tokenizer": artifact.tokenizer_digest(made.path)}
+    for seed, name in enumerate(("reward", "other")):
+        model = reward.build(made, tokens, seed)
+        model.config.reward_offset, model.config.reward_scale = 0.1, 2.0
+        artifact.write(
+            folder / name, kind="reward-model", save=lambda at, model=model: language.save(model, tokens, at),
+            config="stage: align.reward\n", architecture={}, preprocessing=seen,
+        )  # fmt: skip
+    members = {"member_1": str(folder / "reward"), "member_2": str(folder / "other")}
+    both = ensemble.Config.model_validate(
+        {"out": str(folder), "name": "ensemble", "parents": members, "data": files(folder, "pairs"),
+         "device": "cpu", "track": {"wandb": "off"}}
     )  # fmt: skip
+    ensemble.main(both).path.rename(folder / "both")
     return folder
+
+
+def files(home, name, **kw):
+    """A data section."""
+    return {"source": "files", "path": str(home / f"{name}.jsonl"), "max_length": 48, "test_fraction": 0.2, **kw}
 
 
 def settings(home, **kw):
@@ -72,7 +89,7 @@ def settings(home, **kw):
         {
             "out": str(home / "runs"),
             "parents": {"policy": str(home / "chat")},
-            "data": {"source": "files", "path": str(home / "pairs.jsonl"), "max_length": 48, "test_fraction": 0.2},
+            "data": files(home, "pairs"),
             "optim": {"lr": 1e-2, "warmup": 0, "decay": "constant"},
             "train": {"batch": 4, "steps": 4, "precision": "fp32", "device": "cpu"},
             "evaluation": {"prompts": 6, "max_new_tokens": 8},
@@ -119,10 +136,13 @@ ANSWERS = {"num_generations": 2, "max_completion_length": 8}
         {"trainer": "dpo"},
         {"trainer": "kto"},
         {"trainer": "grpo", "reward": "fancies:short", "arguments": {**ANSWERS, "beta": 0.1}},
-        {"trainer": "rloo", "arguments": ANSWERS, "lora": {"rank": 2}, "train": {"batch": 4, "steps": 4}},  # bf16
+        {
+            "trainer": "rloo", "arguments": ANSWERS, "lora": {"rank": 2}, "train": {"batch": 4, "steps": 4},  # bf16
+            "rewards": [{"model": "reward"}, {"function": "fancies:short", "weight": 0.1}],
+        },
     ],
     ids=lambda change: change["trainer"],
-)
+)  # fmt: skip
 def test_a_trainer_is_a_stage(home, monkeypatch, change):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -131,6 +151,8 @@ def test_a_trainer_is_a_stage(home, monkeypatch, change):
     if change["trainer"] == "rloo":
         parents["reward"] = str(home / "reward")
     judge = {} if change["trainer"] in ("grpo", "rloo") else {"judge": "fancies:short"}
+    if change["trainer"] == "kto":
+        judge["data"] = files(home, "labels", label="good")
     made = trl.main(settings(home, name=change["trainer"], parents=parents, **judge, **change))
 
     assert made.kind == "chat-model" and set(made.parents) == set(parents)
@@ -141,7 +163,10 @@ def test_a_trainer_is_a_stage(home, monkeypatch, change):
     shown = {"dpo": "train/rewards/margins", "kto": "train/kl"}.get(change["trainer"], "train/rewards/reward/mean")
     assert all(math.isfinite(line["train/loss"]) and shown in line for line in lines)
     metrics = [score["metric"] for score in made.scores]
-    given = ["implicit reward's accuracy on pairs"] if judge else []
+    over = "labelled answers" if "data" in judge else "pairs"
+    given = [f"implicit reward's accuracy on {over}"] if judge else []
+    if "rewards" in change:
+        assert all(line["train/reward_reward"] and line["train/reward_short"] for line in lines)
     named = "reward" if change["trainer"] == "rloo" or "reward" in change else "short"
     assert metrics[: len(given)] == given and len(metrics) == len(given) + 2 and made.metrics["kl"] >= 0
     assert ("trained on this reward" in made.scores[-2]["note"]) == (named == "reward")
@@ -162,13 +187,30 @@ def test_a_trainer_is_a_stage(home, monkeypatch, change):
     torch.testing.assert_close(adapted(ids).logits, loaded.eval()(ids).logits)
 
 
+def test_what_is_not_trainable_stays_as_it_was(home):
+    made = trl.main(settings(home, name="gains", trainable="norm"))
+    before, after = artifact.open(home / "chat").tensors(), made.tensors()
+    assert {n for n in before if not torch.equal(before[n], after[n])} == {n for n in before if "norm" in n}
+
+
 def test_dpo_learns_pairs_that_it_has_not_seen(home):
     """Of six names three are always right."""
     made = trl.main(settings(home, name="learns", train={"batch": 8, "steps": 10, "precision": "fp32"}))
     (score,) = made.scores
-    assert score["before"] == 0.5 and score["low"] > 0.5
+    assert score["baseline"] == 0.5 and score["low"] > 0.5
     lines = curve(made)
     assert lines[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6) and lines[-1]["train/loss"] < 0.5
+
+
+def test_grpo_learns_what_it_is_rewarded_for(home, monkeypatch):
+    """Short answers, also to prompts that it has not seen."""
+    monkeypatch.chdir(home)
+    train = {"batch": 16, "steps": 30, "precision": "fp32", "device": "cpu"}
+    made = trl.main(
+        settings(home, name="grows", trainer="grpo", reward="fancies:short", arguments=ANSWERS, train=train)
+    )
+    reward, gain = made.scores
+    assert gain["low"] > 0 and reward["after"] > reward["before"] and made.metrics["kl"] > 0
 
 
 @pytest.fixture(scope="module")
@@ -222,11 +264,11 @@ def trainer_of(home, config, folder):
     """TRL's trainer as the stage builds it, and its rows."""
     distributed.setup("cpu")
     policy, tokens = policies(home)
-    examples = trl.given_answers(config, tokens, "train")
-    args = trl.told(config, folder)
+    found = trl.read_examples(config, tokens, "train")
+    args = trl_loop.told(config, folder)
     args.max_steps = 1
     with distributed.lent("no"):
-        return trl.build_trainer(config, args, policy, tokens, trl.as_dataset(config, examples), {}, None)
+        return trl_loop.build(config, args, policy, tokens, found, {}, None)
 
 
 def batch_of(trainer, rows):
@@ -265,7 +307,7 @@ def test_the_chat_template_is_what_trl_itself_would_render(home, tmp_path):
     rows = [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in found.records]
     trainer = trainer_of(home, config, tmp_path)
     theirs = DPOTrainer._prepare_dataset(trainer, Dataset.from_list(rows), tokens, trainer.args, "train")
-    ours = trl.pairs_of(found).columns
+    ours = examples.pairs(found).columns
     # Theirs keeps what the template puts behind the end token.
     for name in ours:
         for mine, their in zip(ours[name], theirs[name], strict=True):
@@ -276,18 +318,31 @@ def test_the_chat_template_is_what_trl_itself_would_render(home, tmp_path):
 
 def test_kto_rows_from_pairs_and_from_labels(home):
     _, tokens = policies(home)
-    pairs = trl.given_answers(settings(home, trainer="kto"), tokens, "train")
-    data = {
-        "source": "files",
-        "path": str(home / "labels.jsonl"),
-        "max_length": 48,
-        "label": "good",
-        "test_fraction": 0.2,
-    }
-    labels = trl.given_answers(settings(home, trainer="kto", data=data), tokens, "train")
+    pairs = trl.read_examples(settings(home, trainer="kto"), tokens, "train")
+    data = files(home, "labels", label="good")
+    labels = trl.read_examples(settings(home, trainer="kto", data=data), tokens, "train")
     assert pairs.columns == labels.columns and sum(labels.columns["label"]) == len(labels) / 2
-    rotated = trl.with_kl_answers({"completion_ids": list("abcdefg")}, 3)["KL_completion_ids"]
+    seven = examples.Examples({"completion_ids": list("abcdefg")}, [{}] * 7, {}, "")
+    rotated = examples.with_kl_answers(seven, 3).columns["KL_completion_ids"]
     assert rotated == list("cabfde") + ["g"]
+
+
+def test_of_a_ranking_every_decided_pair(home):
+    """Scores 2, .5, 2, 1: the first and the third are tied, and the pairs are those by hand."""
+    _, tokens = policies(home)
+    data = files(home, "ranked", responses="said", scores="scores", test_fraction=0.0, validation_fraction=0.0)
+    found = trl.read_examples(settings(home, data=data), tokens, "train")
+    said = [
+        tokens.decode(ids, skip_special_tokens=True)
+        for ids in (*found.columns["chosen_ids"], *found.columns["rejected_ids"])
+    ]
+    alpha, beta, gamma, delta = NAMES[:4]
+    expected = sorted([(alpha, beta), (alpha, delta), (gamma, beta), (gamma, delta), (delta, beta)])
+    for first in range(0, 30, 5):
+        assert sorted(zip(said[first : first + 5], said[30 + first : 35 + first], strict=True)) == expected
+    assert len(found) == 30 and found.records[0]["prompt"] == found.records[4]["prompt"]
+    both = trl.read_examples(settings(home, data=data, trainer="kto"), tokens, "train").columns
+    assert both["completion_ids"][::2] == found.columns["chosen_ids"] and both["label"] == [True, False] * 30
 
 
 # ------------------------------------------------------------------------------------------------------------- losses
@@ -311,9 +366,8 @@ def test_dpo_is_rafailovs_equation_7(home, tmp_path):
         expected.append(-F.logsigmoid(0.3 * (ratio["chosen_ids"] - ratio["rejected_ids"])))
     loss = trainer.compute_loss(policy, batch)
     torch.testing.assert_close(loss, torch.stack(expected).mean(), rtol=1e-4, atol=1e-6)
-    rewards = trl.implicit_rewards(
-        policy, reference, [r["prompt_ids"] for r in rows], [r["chosen_ids"] for r in rows], config
-    )
+    implicit = Implicit(policy, reference, "fp32", 2)
+    rewards = implicit.rewards([r["prompt_ids"] for r in rows], [r["chosen_ids"] for r in rows])
     truth = [logprob(policy, r["prompt_ids"], r["chosen_ids"]) - logprob(reference, r["prompt_ids"], r["chosen_ids"])
              for r in rows]  # fmt: skip
     torch.testing.assert_close(rewards, torch.stack(truth), rtol=1e-4, atol=1e-5)
@@ -341,6 +395,46 @@ def test_kto_is_ethayarajhs_equation_8(home, tmp_path):
     torch.testing.assert_close(loss, torch.stack(losses).mean(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["pairs", "ranked"])
+def test_the_implicit_reward_agrees_with_held_out_preferences_as_often_as_is_said(home, name):
+    """Pair by pair, one unpadded row at a time; more prompts of more answers than one forward takes."""
+    fields = {"responses": "said", "scores": "scores"} if name == "ranked" else {}
+    config = settings(home, data=files(home, name, test_fraction=0.6, **fields), evaluation={"pairs": 8})
+    reference, tokens = policies(home)
+    policy = noisy(policies(home)[0], 2)
+    score = trl.agreement(config, tokens)(Implicit(policy, reference, "fp32", 3))
+    data = Preferences(config.data, tokens, "test")
+    chosen = held_out.sample(data, 8).ids
+    right = []
+    for i in chosen:
+        rewards = [
+            logprob(policy, data.prompts[i], a) - logprob(reference, data.prompts[i], a) for a in data.answers[i]
+        ]
+        ranks = data.ranks[i]
+        right += [
+            bool(rewards[j] > rewards[k]) for j in range(len(ranks)) for k in range(len(ranks)) if ranks[j] < ranks[k]
+        ]
+    assert score.after == pytest.approx(sum(right) / len(right)) and 0 < score.after < 1
+    assert (score.baseline, score.before) == (0.5, None)
+
+
+def test_and_with_labels(home):
+    """Right is above 0 where an answer is desirable; the baseline always says the more frequent label."""
+    data = files(home, "labels", label="good", test_fraction=0.5)
+    config = settings(home, trainer="kto", data=data, evaluation={"pairs": 25})
+    reference, tokens = policies(home)
+    policy = noisy(policies(home)[0], 2)
+    score = trl.agreement(config, tokens)(Implicit(policy, reference, "fp32", 4))
+    some = examples.labelled(config.data, tokens, "test").shuffled(0).at(list(range(25)))
+    c = some.columns
+    right = [
+        bool(logprob(policy, prompt, answer) - logprob(reference, prompt, answer) > 0) == label
+        for prompt, answer, label in zip(c["prompt_ids"], c["completion_ids"], c["label"], strict=True)
+    ]
+    assert score.after == pytest.approx(sum(right) / 25) and 0 < score.after < 1
+    assert score.baseline == pytest.approx(max(sum(c["label"]), 25 - sum(c["label"])) / 25)
+
+
 @pytest.mark.parametrize("name", ["grpo", "rloo"])
 def test_what_grpo_and_rloo_learn_from(home, tmp_path, monkeypatch, name):
     """Their prompts' ids are ours; rewards are our scorer's; GRPO's advantage is the reward's z-score in its group
@@ -350,20 +444,20 @@ def test_what_grpo_and_rloo_learn_from(home, tmp_path, monkeypatch, name):
     distributed.setup("cpu")
     policy, tokens = policies(home)
     prompts = trl.prompts_of(config, tokens, "train", 48)
-    examples = trl.examples_of(config, tokens, prompts)
-    ids = dict(zip(examples.columns["prompt"], prompts.ids, strict=True))
+    found = examples.of_prompts(prompts, tokens, config.data.template)
+    ids = dict(zip(found.columns["prompt"], prompts.ids, strict=True))
     scorer = trl.build_scorer(config, {})
     seen = []
 
     def reward(**kw):
-        found = trl.reward_function(scorer, prompts, 0)(**kw)
-        seen.append((kw["completions"], found, kw["row"], kw["completion_ids"]))
-        return found
+        given = trl.reward_function(scorer, prompts)(**kw)
+        seen.append((kw["completions"], given, kw["row"], kw["completion_ids"]))
+        return given
 
-    args = trl.told(config, tmp_path)
+    args = trl_loop.told(config, tmp_path)
     args.max_steps = 1
     with distributed.lent("no"):
-        trainer = trl.build_trainer(config, args, policy, tokens, trl.as_dataset(config, examples), ids, reward)
+        trainer = trl_loop.build(config, args, policy, tokens, found, ids, reward)
         batch = trainer._generate_and_score_completions([trainer.train_dataset[0]] * 4)
     (completions, rewards, rows, answers) = seen[0]
     prompt = trainer.train_dataset[0]
@@ -388,7 +482,7 @@ def test_padding_on_the_left_changes_nothing(home):
     plain = model(ids).logits
     padded, mask = F.pad(ids, (3, 0)), F.pad(torch.ones_like(ids), (3, 0))
     assert (model(input_ids=padded, attention_mask=mask).logits[:, 3:] - plain).abs().max() > 1e-3
-    trl.pass_positions(model)
+    trl_loop.pass_positions(model)
     torch.testing.assert_close(model(input_ids=padded, attention_mask=mask).logits[:, 3:], plain)
 
 
@@ -400,8 +494,8 @@ def test_a_reward_model_scores_calibrated(home, tmp_path):
     _, tokens = policies(home)
     prompts = trl.prompts_of(config, tokens, "train", 48)
     answers = [[5, 6], [7, 8, 9, tokens.eos_token_id]]
-    reward = trl.reward_function(trl.build_scorer(config, parents), prompts, prompts.pad_id)
-    found = reward(completions=["", ""], completion_ids=answers, row=[0, 3])
+    reward = trl.reward_function(trl.build_scorer(config, parents), prompts)
+    found = reward(completions=["", ""], completion_ids=answers, row=[0, 3], log_metric=None)
     model = language.read(parents["reward"], "AutoModelForSequenceClassification").eval()
     with torch.no_grad():
         hidden = [
@@ -410,6 +504,57 @@ def test_a_reward_model_scores_calibrated(home, tmp_path):
         ]
         expected = [(model.score(h).item() - 0.1) * 2.0 for h in hidden]
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_sum_of_rewards_and_an_ensemble_are_scored_part_by_part(home, monkeypatch):
+    monkeypatch.chdir(home)
+    parents = {"policy": str(home / "chat"), "reward": str(home / "reward"), "reward_2": str(home / "both")}
+    parts = [
+        {"model": "reward", "weight": 2.0},
+        {"model": "reward_2", "name": "two"},
+        {"function": "fancies:short", "weight": -0.5},
+    ]
+    config = settings(home, trainer="rloo", parents=parents, rewards=parts, ensemble={"objective": "worst_case"})
+    distributed.setup("cpu")
+    opened = artifact.open_parents(config)
+    _, tokens = policies(home)
+    prompts = trl.prompts_of(config, tokens, "train", 48)
+    logged = {}
+    asked = {"completions": ["ab", "c"], "completion_ids": [[5, 6], [7, 8, 9]], "row": [0, 3]}
+    found = trl.reward_function(trl.build_scorer(config, opened), prompts)(**asked, log_metric=logged.__setitem__)
+
+    def alone(folder):
+        one = settings(home, trainer="rloo", parents={"policy": str(home / "chat"), "reward": str(home / folder)})
+        scorer = trl.build_scorer(one, artifact.open_parents(one))
+        return torch.tensor(trl.reward_function(scorer, prompts)(**asked, log_metric=logged.__setitem__))
+
+    one, other = alone("reward"), alone("other")
+    expected = 2 * one + torch.minimum(one, other) - 0.5 * torch.tensor([-2.0, -1.0])
+    torch.testing.assert_close(torch.tensor(found), expected)
+    assert {"reward_reward", "reward_two", "reward_short", "disagreement_two"} <= set(logged)
+    assert logged["reward_reward"] == pytest.approx(one.mean().item()) and logged["reward_short"] == -1.5
+
+
+class Unsure(Scorer):
+    """Of no opinion about the second answer."""
+
+    def figures(self, records, texts, batch):
+        return {"score": torch.tensor([1.0, math.nan])}
+
+
+def test_a_reward_that_is_no_number_ends_the_run(home, monkeypatch):
+    """TRL itself would leave the answer out."""
+    monkeypatch.chdir(home)
+    config = settings(home, name="unsure", trainer="grpo", reward="fancies:broken", arguments=ANSWERS)
+    with pytest.raises(RunError, match="fancies:broken is nan for the response"):
+        trl.main(config)
+    assert not (home / "runs" / "unsure" / "artifact").exists()
+    _, tokens = policies(home)
+    prompts = trl.prompts_of(config, tokens, "train", 48)
+    with pytest.raises(RunError, match="the reward is nan for the response 'b'"):
+        trl.reward_function(Unsure(), prompts)(
+            completions=["a", "b"], completion_ids=[[5], [6]], row=[0, 1], log_metric=None
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ refused
@@ -425,7 +570,7 @@ def test_a_reward_model_scores_calibrated(home, tmp_path):
         ({"arguments": {"trust_remote_code": True}}, "left to fledge"),
         ({"arguments": {"beta": "much"}}, "'much' does not fit DPOConfig"),
         ({"arguments": {"loss_type": ["exo_pair"]}}, "Label smoothing must be greater"),
-        ({"trainer": "grpo"}, "grpo needs a reward"),
+        ({"trainer": "grpo"}, "needs a reward"),
         ({"trainer": "rloo", "reward": "fancies:nothing"}, "fancies:nothing"),
         (
             {"trainer": "grpo", "reward": "fancies:short", "arguments": {"num_generations": 3}},
@@ -438,13 +583,17 @@ def test_a_reward_model_scores_calibrated(home, tmp_path):
         ({"train": {"batch": 4, "micro_batch": 3}}, "TRL cuts batches evenly"),
         ({"evaluation": {"max_new_tokens": 96}}, "evaluation.max_new_tokens is 98"),
         ({"train": {"batch": 400, "device": "cpu"}}, "train.batch is 400"),
-        ({"trainer": "kto", "data": {"source": "files", "label": "prompt"}}, "expected true or false"),
+        (
+            {"trainer": "rloo", "reward": "fancies:short", "arguments": {**ANSWERS, "generation_batch_size": 400}},
+            "400 are generated at once",
+        ),
+        ({"trainer": "kto", "data": {"label": "prompt"}}, "expected true or false"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_trained(home, monkeypatch, change, words):
     monkeypatch.chdir(home)
     if "data" in change:
-        change = {**change, "data": {**change["data"], "path": str(home / "labels.jsonl"), "max_length": 48}}
+        change = {**change, "data": files(home, "labels", **change["data"])}
     with pytest.raises(InputError, match=words):
         trl.main(settings(home, name="refused", **change))
     assert not list((home / "runs").glob("refused*/artifact"))
@@ -454,7 +603,12 @@ def test_what_cannot_be_is_said_before_anything_is_trained(home, monkeypatch, ch
     ("change", "words"),
     [
         ({"trainer": "ppo"}, "dpo"),
-        ({"reward": "fancies:short"}, "learns from preferences"),
+        ({"reward": "fancies:short"}, "dpo learns from preferences"),
+        ({"trainer": "kto", "rewards": [{"model": "reward"}]}, "kto learns from preferences"),
+        ({"trainer": "grpo", "reward": "a:b", "rewards": [{"model": "reward"}]}, "both given"),
+        ({"trainable": "norm("}, "no regular expression"),
+        ({"trainable": "norm", "lora": {"rank": 2}}, "all of which lora freezes"),
+        ({"data": {"margin": "by"}}, "data.margin: TRL's losses know no margins"),
         ({"data": {"label": "good", "source": "files"}}, "data.label is for trainer: kto"),
         ({"trainer": "kto", "data": {"label": "good"}}, "data.label is for trainer: kto"),
     ],
@@ -469,6 +623,28 @@ def test_a_loss_that_is_not_finite_ends_the_run(home):
     with pytest.raises(RunError, match="the loss is nan"):
         trl.main(settings(home, name="wild", optim=wild))
     assert not (home / "runs" / "wild" / "artifact").exists()
+
+
+def test_what_breaks_behind_the_last_line_of_the_log_ends_the_run(home):
+    wild = {"lr": 1e30, "warmup": 0, "decay": "constant", "clip": None}
+    train = {"batch": 4, "steps": 3, "precision": "fp32", "device": "cpu", "log_every": 50}
+    with pytest.raises(RunError, match="step 2: a parameter is not finite"):
+        trl.main(settings(home, name="silent", optim=wild, train=train))
+    assert not (home / "runs" / "silent" / "artifact").exists()
+
+
+def test_a_loop_that_ends_early_hands_nothing_over(home, monkeypatch):
+    from transformers import Trainer
+
+    monkeypatch.setattr(Trainer, "train", lambda self: None)
+    with pytest.raises(RunError, match="ended after 0 of 4 steps"):
+        trl.main(settings(home, name="early"))
+    assert not (home / "runs" / "early" / "artifact").exists()
+
+
+def test_arguments_have_trls_types(home):
+    config = settings(home, trainer="rloo", reward="a:b", arguments={"reward_clip_range": [-1, 1], "beta": "1e-2"})
+    assert trl_loop.arguments(config) == {"reward_clip_range": (-1.0, 1.0), "beta": 0.01}
 
 
 # ------------------------------------------------------------------------------------------------------------- recipe
