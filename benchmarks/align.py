@@ -20,6 +20,7 @@ from pathlib import Path
 from benchmarks import memory
 
 Pair = tuple[Callable, Callable]
+QUIET = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TRL_EXPERIMENTAL_SILENCE": "1"}
 
 
 def ppo(folder: Path | None) -> Pair:
@@ -105,7 +106,7 @@ def main() -> None:
     for name in [*PAIRS, "memory"]:  # each alone: TRL 1.12 and the TRL that is installed do not fit into one process
         command = [sys.executable, "-m", "benchmarks.align", "--only", name, "--rounds", str(args.rounds)]
         command += ["--trl112", str(args.trl112)] if args.trl112 else []
-        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        subprocess.run(command, check=True, env=os.environ | QUIET)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Peak memory of PPO with four models and on one trunk, each in a process of its own.
 
 A Llama of 91M parameters and few short answers, so that weights, gradients and Adam's moments are most of it. Two
-iterations of two updates, after which the optimiser has all its state. What is read is the largest resident set
+iterations of one update: in the second the optimiser has all its state. What is read is the largest resident set
 (``ru_maxrss``); beside it stands what the process had when Python and its libraries were loaded and no model was built.
 """
 
@@ -10,7 +10,7 @@ import resource
 import subprocess
 import sys
 
-LARGE = {"width": 768, "depth": 12, "heads": 12, "answers": 8, "new_tokens": 16, "epochs": 2, "micro_batch": 4}
+LARGE = {"width": 768, "depth": 12, "heads": 12, "answers": 8, "new_tokens": 16, "epochs": 1, "micro_batch": 4}
 
 
 def resident() -> float:

@@ -58,11 +58,12 @@ def ranking(K: int, build: Callable[[], Any], ours: Callable, adamw: Callable) -
 
 
 def of_trl(model: Any) -> Any:
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
     from trl import RewardConfig, RewardTrainer
 
     from fledge.data.tokenizer import TokenizerConfig, train
 
+    disable_progress_bars()
     args = RewardConfig(
         output_dir=tempfile.gettempdir(), bf16=False, use_cpu=True, gradient_checkpointing=False, report_to="none",
         disable_tqdm=True,
