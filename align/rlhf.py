@@ -80,7 +80,7 @@ def entropy_of(log_probs: Tensor) -> Tensor:
     """Entropy in nats of distributions given by their logs, never negative. (…, V) -> (…)"""
     # a token of probability 0 adds nothing: 0 * -inf would be NaN
     finite = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
-    return -torch.linalg.vecdot(log_probs.exp(), finite).clamp(max=0)
+    return -finite.mul_(log_probs.exp()).sum(-1).clamp(max=0)  # in place: (…, V) is the largest tensor of an update
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:

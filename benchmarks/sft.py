@@ -42,11 +42,12 @@ def pair(build: Callable[[], Any], ours: Callable, adamw: Callable) -> tuple[Cal
 
 
 def of_trl(model: Any) -> Any:
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
     from trl import SFTConfig, SFTTrainer
 
     from fledge.data.tokenizer import TokenizerConfig, train
 
+    disable_progress_bars()
     args = SFTConfig(
         output_dir=tempfile.gettempdir(), bf16=False, use_cpu=True, gradient_checkpointing=False, report_to="none",
         disable_tqdm=True,

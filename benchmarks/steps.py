@@ -1,4 +1,7 @@
-"""Our training steps beside those of plain loops around the same libraries, at equal settings (see paired.py)."""
+"""Our training steps beside those of plain loops around the same libraries, at equal settings (see paired.py).
+
+Those of aligning are in align.py.
+"""
 
 import argparse
 import types
@@ -119,26 +122,10 @@ def loop() -> tuple[Callable, Callable]:
     return ours(CLM(small_llama()), batch, pieces=2), theirs
 
 
-def sft() -> tuple[Callable, Callable]:
-    """Half of each conversation scored, beside TRL's trainer."""
-    from benchmarks.sft import pair
-
-    return pair(small_llama, ours, adamw)
-
-
-def ppo() -> tuple[Callable, Callable]:
-    """One iteration (answers, scores, two epochs) beside a plain loop that pads everything and uses ``generate``."""
-    from benchmarks.ppo import pair
-
-    return pair(small_llama)
-
-
 PAIRS = {
     "mae": ("MAE step / transformers ViTMAE step", mae, 3),
     "clm": ("next-token step / plain transformers loop", clm, 3),
-    "sft": ("SFT step / TRL SFTTrainer step", sft, 3),
     "loop": ("loop / the same objective in ten bare lines", loop, 4),
-    "ppo": ("PPO iteration / plain padded loop", ppo, 1),
 }
 
 
