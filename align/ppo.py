@@ -158,6 +158,9 @@ class Config(StageConfig):
         if self.judge is not None and self.parents.judge is not None:
             raise ValueError("judge and parents.judge are both given; one of them judges")
         scorers.check(self.reward, self.rewards)
+        given = [role for role in get_args(scorers.Role) if getattr(self.parents, role) is not None]
+        if self.data.image is not None and given:
+            raise ValueError(f"data.image: parents.{given[0]} reads text alone; give reward or rewards of functions")
         if self.lora is not None:
             self._adapters_agree(self.lora)
         if self.value.init == "policy" and self.value.head == "reward":
@@ -186,8 +189,7 @@ class PPO(nn.Module):
 
     A batch: ``input_ids``, ``attention_mask`` (B, P + T); ``response_mask``, ``reward_mask``, ``old_logprobs``,
     ``old_values``, ``advantages``, ``returns`` (B, T); ``inputs.NAME`` and ``ptx_*`` (B, …) where there are pictures or
-    text; and figures of the rollout, (B,), whose names hold a "/": they
-    are averaged and logged as they are.
+    text; and figures of the rollout, (B,), whose names hold a "/": they are averaged and logged as they are.
     """
 
     def __init__(

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from align import ppo
 from align.rollout import PromptsConfig, read_prompts
@@ -158,3 +159,5 @@ def test_what_is_refused(home):
     with pytest.raises(InputError, match="no token that stands for a picture"):
         found = type("Blind", (), {})()
         read_prompts(settings(home).data, processor.tokenizer, "train", found)
+    with pytest.raises(ValidationError, match="parents.reward reads text alone"):
+        settings(home, parents={"policy": "a", "reward": "b"}, reward=None)
