@@ -80,9 +80,9 @@ class Evaluation(BaseConfig):
 
     split: Literal["validation", "test"] = "test"
     pairs: PositiveInt = 1024
-    """Of dpo and kto: how many pairs (or labelled answers) at most."""
+    """Of dpo and kto: how many prompts with their answers, or labelled answers, at most."""
     prompts: PositiveInt = 512
-    """How many at most."""
+    """To be answered, at most."""
     max_new_tokens: PositiveInt = 128
     temperature: PositiveFloat = 1.0
     greedy: bool = False
