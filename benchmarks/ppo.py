@@ -1,8 +1,8 @@
 """Whole PPO iterations: ours beside a plain padded loop, and beside TRL 1.12's own PPOTrainer.
 
-An iteration is generation, scoring by policy, reference, value and reward model, advantages, and all updates. All start
-from the same weights, draw from the same prompts, sample from the whole distribution at temperature 1, and take the same
-number of optimiser steps of AdamW over the same rows. Models are built before the clock runs.
+An iteration is generation, scoring by policy, reference, value and reward model, advantages, and all updates. All
+start from the same weights, draw from the same prompts, sample from the whole distribution at temperature 1, and take
+the same number of optimiser steps of AdamW over the same number of rows. Models are built before the clock runs.
 """
 
 import contextlib
@@ -218,10 +218,11 @@ def trl(setting: Setting, policy: Any, reward: Any, folder: Path, stop: bool) ->
         stop: stop_token="eos"; else an answer has all its tokens, as TRL 1.12 has it by default.
     """
     assert setting.minibatches == 1
+    folder = folder.resolve()
     sys.path.insert(0, str(folder))
     import trl as package
 
-    if not package.__version__.startswith("1.12.") or not Path(package.__file__).is_relative_to(folder.resolve()):
+    if not package.__version__.startswith("1.12.") or not Path(package.__file__).is_relative_to(folder):
         raise SystemExit(f"{folder} should hold TRL 1.12, but {package.__file__} is {package.__version__}")
     from datasets import Dataset
     from trl.experimental.ppo import PPOConfig, PPOTrainer  # type: ignore[import-not-found]

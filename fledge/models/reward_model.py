@@ -26,8 +26,12 @@ def last_token(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def raw_rewards(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """Of right-padded sequences (N, T): (N,), in fp32 at least."""
-    hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    """Of right-padded sequences (N, T): (N,), in fp32 at least.
+
+    The trunk is causal, and padding stands behind the token that is read: it needs no mask, and attention without one
+    is faster.
+    """
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     with torch.autocast(ids.device.type, enabled=False):
         return model.score(last_token(hidden, mask).to(model.score.weight.dtype)).squeeze(-1)
 
