@@ -138,8 +138,9 @@ def read(records: Sequence[dict]) -> list[Pair]:
 @cache
 def judge() -> TfIdf:
     """Of the pairs that the recipe keeps for judging politeness."""
-    (stage,) = [stage for stage in recipe.load("preferences").stages if stage.name == "judge_polite"]
-    train, validation = (preferences.pairs(stage.config.data, split) for split in ("train", "validation"))
+    (config,) = [stage.config for stage in recipe.load("preferences").stages if stage.name == "judge_polite"]
+    assert isinstance(config, Config)
+    train, validation = (preferences.pairs(config.data, split) for split in ("train", "validation"))
     return TfIdf(read(train), read(validation))
 
 
