@@ -1,8 +1,9 @@
 """Whole PPO iterations: ours beside a plain padded loop, and beside TRL 1.12's own PPOTrainer.
 
 An iteration is generation, scoring by policy, reference, value and reward model, advantages, and all updates. All
-start from the same weights, draw from the same prompts, sample from the whole distribution at temperature 1, and take
-the same number of optimiser steps of AdamW over the same number of rows. Models are built before the clock runs.
+start from the same policy and reward model, draw from the same prompts, sample from the whole distribution at
+temperature 1, and take the same number of steps of AdamW over the same number of rows. Models are built before the
+clock runs.
 """
 
 import contextlib
