@@ -1,12 +1,13 @@
 """A step of a reward model beside TRL's RewardTrainer on the same pairs, and rankings beside their pairs apart."""
 
 import itertools
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from benchmarks.sft import trainer_of_trl
 
 T, VOCABULARY = 96, 1024
 
@@ -58,19 +59,8 @@ def ranking(K: int, build: Callable[[], Any], ours: Callable, adamw: Callable) -
 
 
 def of_trl(model: Any) -> Any:
-    from datasets import Dataset, disable_progress_bars
     from trl import RewardConfig, RewardTrainer
 
-    from fledge.data.tokenizer import TokenizerConfig, train
-
-    disable_progress_bars()
-    args = RewardConfig(
-        output_dir=tempfile.gettempdir(), bf16=False, use_cpu=True, gradient_checkpointing=False, report_to="none",
-        disable_tqdm=True,
-    )  # fmt: skip
-    data = Dataset.from_list([{"chosen_ids": [1, 5, 2], "rejected_ids": [1, 6, 2]}])
-    tokens = train(TokenizerConfig(vocab_size=300), ["only to be there"])
-    trainer = RewardTrainer(model=model, args=args, train_dataset=data, processing_class=tokens)
+    trainer = trainer_of_trl(RewardTrainer, RewardConfig, model, {"chosen_ids": [1, 5, 2], "rejected_ids": [1, 6, 2]})
     trainer.current_gradient_accumulation_steps = 1  # what train() would set
-    model.train()
     return trainer

@@ -42,18 +42,23 @@ def pair(build: Callable[[], Any], ours: Callable, adamw: Callable) -> tuple[Cal
 
 
 def of_trl(model: Any) -> Any:
-    from datasets import Dataset, disable_progress_bars
     from trl import SFTConfig, SFTTrainer
+
+    return trainer_of_trl(SFTTrainer, SFTConfig, model, {"input_ids": [1, 5, 2], "labels": [-100, 5, 2]})
+
+
+def trainer_of_trl(trainer: Callable, config: Callable, model: Any, row: dict[str, list[int]]) -> Any:
+    """TRL's trainer around ``model``, in fp32 and silent, ready for its training steps; ``row`` is only to be there."""
+    from datasets import Dataset, disable_progress_bars
 
     from fledge.data.tokenizer import TokenizerConfig, train
 
     disable_progress_bars()
-    args = SFTConfig(
+    args = config(
         output_dir=tempfile.gettempdir(), bf16=False, use_cpu=True, gradient_checkpointing=False, report_to="none",
         disable_tqdm=True,
     )  # fmt: skip
-    data = Dataset.from_list([{"input_ids": [1, 5, 2], "labels": [-100, 5, 2]}])
     tokens = train(TokenizerConfig(vocab_size=300), ["only to be there"])
-    trainer = SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokens)
+    made = trainer(model=model, args=args, train_dataset=Dataset.from_list([row]), processing_class=tokens)
     model.train()
-    return trainer
+    return made

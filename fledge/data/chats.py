@@ -522,13 +522,15 @@ class Prompts:
             if pictures is not None and (fault := pictures.fault(record)):
                 skipped[fault] += 1
                 continue
-            asked = record["prompt"] if pictures is None else pictures.asked(record["prompt"])
-            text = prompt_text(tokenizer, asked, template), "" if pictures is None else pictures.name(record)
-            skipped[TWICE] += text in unique
-            unique.setdefault(text, record)
+            asked, shown = record["prompt"], ""
+            if pictures is not None:
+                asked, shown = pictures.asked(asked), pictures.name(record)
+            words_and_picture = prompt_text(tokenizer, asked, template), shown
+            skipped[TWICE] += words_and_picture in unique
+            unique.setdefault(words_and_picture, record)
         self.records: list[dict] = []
         self.ids: list[list[int]] = []
-        texts, usable = [text for text, _ in unique], list(unique.values())
+        texts, usable = [words for words, _ in unique], list(unique.values())
         every = ids_of(tokenizer, texts) if pictures is None else pictures.ids(texts, usable)
         for record, ids in zip(usable, every, strict=True):
             if len(ids) > max_length and overlong == "drop":
