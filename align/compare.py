@@ -18,12 +18,12 @@ from torch import nn
 
 from align import scorers
 from align.judge import Questions, world_gold
-from align.rollout import PromptsConfig, decode, prompt_records
+from align.rollout import decode
 from align.scorers import FunctionScorer, Scorer, callable_of
 from fledge import artifact, distributed
 from fledge import config as configs
 from fledge.artifact import Artifact
-from fledge.data.chats import Prompts
+from fledge.data.prompts import Prompts, PromptsConfig, prompt_records
 from fledge.data.records import RECORD_SUFFIXES, Split
 from fledge.errors import InputError, RunError
 from fledge.evals.preference import by_length, mean_difference, win_rate

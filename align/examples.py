@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fledge.data import chats
-from fledge.data.chats import Chats, ChatsConfig, Prompts
+from fledge.data.chats import Chats, ChatsConfig
 from fledge.data.preferences import Preferences, PreferencesConfig
+from fledge.data.prompts import Prompts
 from fledge.data.records import Split
 from fledge.errors import InputError
 from fledge.stream import Permutation

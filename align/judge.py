@@ -10,7 +10,8 @@ from align.rollout import answer, decode, in_pieces, spread, token_logits
 from align.scorers import FunctionScorer, Scorer, TextScorer, callable_of
 from fledge.artifact import Artifact
 from fledge.data import world
-from fledge.data.chats import Prompts, RecordsConfig
+from fledge.data.chats import RecordsConfig
+from fledge.data.prompts import Prompts
 from fledge.evals.score import Score, bootstrap, paired
 from fledge.stream import Batch, Permutation, derive
 

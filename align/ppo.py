@@ -21,10 +21,8 @@ from align import actors, judge, ptx, rlhf, scorers
 from align.actors import Trainable, Value
 from align.ptx import Pretraining
 from align.rollout import (
-    PromptsConfig,
     ValueModel,
     closed_up,
-    read_prompts,
     response_logprobs,
     said,
     spread,
@@ -37,6 +35,7 @@ from fledge import artifact, distributed
 from fledge.artifact import Artifact
 from fledge.config import Config as BaseConfig
 from fledge.config import Duration, StageConfig, parent, resolve
+from fledge.data.prompts import PromptsConfig, read_prompts
 from fledge.data.records import Split
 from fledge.ema import Average
 from fledge.errors import InputError

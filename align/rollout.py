@@ -7,90 +7,20 @@ What a prompt brings beside its ids (pictures) is ``inputs.NAME`` (B, …), ever
 
 import math
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from align import rlhf
 from fledge import distributed
-from fledge.config import data_path
-from fledge.data import chats, world
-from fledge.data.chats import Prompts, RecordsConfig
-from fledge.data.images import MAX_PIXELS
-from fledge.data.pairs import look_at, lookup
-from fledge.data.pictured import Pictured
-from fledge.data.records import SPLITS, Split, digest
-from fledge.errors import InputError, RunError
+from fledge.errors import RunError
 from fledge.models.language import logits_at
 from fledge.models.sampling import left_pad, sample
 from fledge.stream import Batch, cut
 from fledge.train import autocast
 
-# -------------------------------------------------------------------------------------------------- prompts and answers
-
-
-class PromptsConfig(RecordsConfig):
-    """Prompts of any records: chats, preferences, or prompts alone. ``max_length`` is that of a prompt alone."""
-
-    world_part: ClassVar[str] = "questions"
-    messages: str = "messages"
-    """The field with a list of {role, content}; its last answer is left off. Records without it have a prompt."""
-    image: str | None = None
-    """The field with the path of a picture, below the folder of the records, for a policy that sees; null: none."""
-
-    def check(self) -> None:
-        super().check()
-        if self.image is not None and (self.source == "world" or self.overlong == "truncate"):
-            raise InputError("data.image is for data.source: files, and for overlong: drop: a cut prompt may lose it")
-
-    def fingerprint(self) -> str:
-        if self.image is None:
-            return super().fingerprint()
-        names = {str(lookup(record, self.image)) for split in SPLITS for _, record in chats.read(self, split)}
-        found = look_at(self.folder(), sorted(names), MAX_PIXELS)
-        return digest([super().fingerprint(), {name: picture.sha256 for name, picture in found.items()}])
-
-    def folder(self) -> Path:
-        """Where the records lie."""
-        at = data_path(self.path or "")
-        return at if at.is_dir() else at.parent
-
-
-def read_prompts(config: PromptsConfig, tokenizer: Any, split: Split, processor: Any = None) -> Prompts:
-    """The prompts of a split, each once; answers that stand behind them are left off.
-
-    Args:
-        processor: of a policy that sees.
-
-    Raises:
-        InputError: there are pictures, and no processor.
-    """
-    found, pictures = prompt_records(config, split), None
-    if config.image is not None:
-        if processor is None:
-            raise InputError(f"data.image is {config.image}, but the policy has no processor: it reads text alone")
-        pictures = Pictured(processor, config.image, config.folder(), found)
-    form = {"template": config.template, "max_length": config.max_length, "overlong": config.overlong}
-    return Prompts(found, tokenizer, split=split, pictures=pictures, **form)
-
-
-def prompt_records(config: PromptsConfig, split: Split) -> list[dict]:
-    """The records of a split, each with its ``prompt`` as messages."""
-    if config.source == "world":
-        questions = chats.of_the_world(config, split, world.questions(split))
-        found = ((f"world:{n}", record) for n, record in enumerate(questions))
-    else:
-        found = chats.read(config, split)
-    records = []
-    for where, record in found:
-        said = record.get(config.messages)
-        messages = chats.as_messages(chats.prompt_of(config, record, where) if said is None else said, "user", where)
-        while messages and messages[-1]["role"] == "assistant":
-            messages.pop()
-        records.append({**record, "prompt": messages})
-    return records
+# ------------------------------------------------------------------------------------------------------------- answers
 
 
 class Generator(Protocol):

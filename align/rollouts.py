@@ -27,7 +27,7 @@ from align.rollout import (
 from align.scorers import Scorer, callable_of
 from fledge import distributed
 from fledge.config import Config, hardware
-from fledge.data.chats import Prompts
+from fledge.data.prompts import Prompts
 from fledge.stream import Batch, Permutation, cut, derive
 
 

@@ -18,15 +18,15 @@ from align import examples, held_out, judge, scorers, trl_loop
 from align.actors import Trainable, choose_trainable
 from align.examples import Examples, ExamplesConfig
 from align.implicit import Implicit
-from align.rollout import joined, read_prompts
+from align.rollout import joined
 from align.scorers import Ensemble, Part, Scorer
 from fledge import artifact, distributed
 from fledge.artifact import Artifact
 from fledge.config import Config as BaseConfig
 from fledge.config import Duration, StageConfig, bookkeeping, hardware, parent, resolve
 from fledge.data import chats, preferences
-from fledge.data.chats import Prompts
 from fledge.data.preferences import Preferences
+from fledge.data.prompts import Prompts, read_prompts
 from fledge.data.records import Split
 from fledge.errors import RunError
 from fledge.evals.score import Score

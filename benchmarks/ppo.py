@@ -24,8 +24,8 @@ from torch import Tensor
 from align import actors, rlhf
 from align.actors import Value
 from align.ppo import PPO, Algorithm, Config, Rollout, Rollouts, Train
-from align.rollout import PromptsConfig
 from align.scorers import ModelScorer, Scorer
+from fledge.data.prompts import PromptsConfig
 from fledge.models.adapters import LoRAConfig
 from fledge.models.language import CausalConfig, build_causal
 from fledge.optim import adamw

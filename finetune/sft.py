@@ -20,7 +20,8 @@ from fledge import artifact, distributed
 from fledge.config import Config as BaseConfig
 from fledge.config import Duration, StageConfig, parent, resolve
 from fledge.data import preferences, tokenizer
-from fledge.data.chats import Chats, ChatsConfig, Prompts, use_template
+from fledge.data.chats import Chats, ChatsConfig, use_template
+from fledge.data.prompts import Prompts
 from fledge.data.text import IGNORE, Packed, TextConfig
 from fledge.errors import InputError
 from fledge.evals import generation

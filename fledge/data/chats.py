@@ -26,8 +26,6 @@ from fledge.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from fledge.data.pictured import Pictured
-
 Message = dict[str, str]
 Segment = tuple[str, bool]  # text with its special tokens written out, scored
 Overlong = Literal["drop", "truncate"]
@@ -378,6 +376,18 @@ def shorten(prompt: list[int], room: int, bos: int | None) -> list[int] | None:
     return first + prompt[len(prompt) - kept :] if kept > 0 else None
 
 
+def pad(sequences: list[list[int]], pad_id: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
+    """(ids, mask), each (B, T) int64 of the longest's length; mask 1 = real."""
+    width = max(map(len, sequences))
+    ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        at = slice(width - len(sequence), width) if side == "left" else slice(0, len(sequence))
+        ids[row, at] = torch.tensor(sequence, dtype=torch.long)
+        mask[row, at] = 1
+    return ids, mask
+
+
 class Chats:
     """A split of conversations as rows.
 
@@ -473,89 +483,3 @@ def report(used: int, skipped: dict[str, int], truncated: int = 0) -> str:
 
 def _reasons(skipped: dict[str, int]) -> str:
     return "skipped: " + ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items())) if skipped else ""
-
-
-# ---- prompts ---------------------------------------------------------------------------------------------------------
-
-
-def pad(sequences: list[list[int]], pad_id: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
-    """(ids, mask), each (B, T) int64 of the longest's length; mask 1 = real."""
-    width = max(map(len, sequences))
-    ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        at = slice(width - len(sequence), width) if side == "left" else slice(0, len(sequence))
-        ids[row, at] = torch.tensor(sequence, dtype=torch.long)
-        mask[row, at] = 1
-    return ids, mask
-
-
-class Prompts:
-    """Prompts alone, each once, for a policy to answer. ``records`` stand in the order of the ids.
-
-    Args:
-        found: records with their ``prompt`` as messages.
-        max_length: tokens of a prompt at most.
-        pictures: what prompts show beside their words.
-    """
-
-    def __init__(
-        self,
-        found: list[dict],
-        tokenizer: "PreTrainedTokenizerFast",
-        *,
-        split: str,
-        template: str = "chat",
-        max_length: int = 512,
-        overlong: Overlong = "drop",
-        at_least: int = 1,
-        pictures: "Pictured | None" = None,
-    ) -> None:
-        self.pad_id, skipped, self.truncated = tokenizers.pad_id(tokenizer), Counter[str](), 0
-        self.pictures = pictures
-        unique: dict[tuple[str, str], dict] = {}
-        pattern = markers(tokenizer)
-        for record in found:
-            if marked(pattern, record["prompt"]):
-                skipped[MARKED] += 1
-                continue
-            if pictures is not None and (fault := pictures.fault(record)):
-                skipped[fault] += 1
-                continue
-            asked, shown = record["prompt"], ""
-            if pictures is not None:
-                asked, shown = pictures.asked(asked), pictures.name(record)
-            words_and_picture = prompt_text(tokenizer, asked, template), shown
-            skipped[TWICE] += words_and_picture in unique
-            unique.setdefault(words_and_picture, record)
-        self.records: list[dict] = []
-        self.ids: list[list[int]] = []
-        texts, usable = [words for words, _ in unique], list(unique.values())
-        every = ids_of(tokenizer, texts) if pictures is None else pictures.ids(texts, usable)
-        for record, ids in zip(usable, every, strict=True):
-            if len(ids) > max_length and overlong == "drop":
-                skipped[LONG] += 1
-                continue
-            if len(ids) > max_length:
-                ids = shorten(ids, max_length, tokenizers.bos_id(tokenizer)) or ids[-max_length:]
-                self.truncated += 1
-            self.records.append(record)
-            self.ids.append(ids)
-        self.skipped = {reason: n for reason, n in skipped.items() if n}
-        require(len(self.ids), at_least, split, len(found), self.skipped)
-        self.width = max(map(len, self.ids))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def rows(self, ids: list[int], seeds: list[int] | None = None) -> dict[str, Tensor]:
-        """(B, P) int64 input_ids and attention_mask, LEFT-padded to the longest of these rows."""
-        tokens, mask = pad([self.ids[i] for i in ids], self.pad_id, "left")
-        return {"input_ids": tokens, "attention_mask": mask}
-
-    def inputs(self, ids: list[int]) -> dict[str, Tensor]:
-        """What they bring beside ids, (B, …) each, by the name of the model's argument; nothing without pictures."""
-        return {} if self.pictures is None else self.pictures.inputs([self.records[i] for i in ids])
-
-    def report(self) -> str:
-        return report(len(self), self.skipped, self.truncated)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fledge.data import chats, records
 from fledge.data import tokenizer as tokenizers
-from fledge.data.chats import ChatsConfig, Message, Prompts, RecordsConfig
+from fledge.data.chats import ChatsConfig, Message, RecordsConfig
+from fledge.data.prompts import Prompts
 from fledge.data.records import Split
 from fledge.errors import InputError
 

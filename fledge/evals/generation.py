@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from fledge import distributed
-from fledge.data.chats import Prompts
+from fledge.data.prompts import Prompts
 from fledge.models.language import room
 from fledge.models.sampling import sample
 from fledge.stream import derive

@@ -8,8 +8,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from align import ppo
-from align.rollout import PromptsConfig, read_prompts
 from fledge import importer
+from fledge.data.prompts import PromptsConfig, read_prompts
 from fledge.errors import InputError
 from fledge.models import language
 
