@@ -219,9 +219,9 @@ class Rollouts:
         return [order[i] for i in range(k * self.batch, (k + 1) * self.batch)]
 
     def fetch(self, ids: Sequence[int], step: int) -> Batch:
-        """Those rows of the rollout, the short ones together, so that micro-batches carry little padding."""
+        """Those rows of the rollout, the longest first, so that micro-batches carry little padding."""
         rows = torch.tensor(ids)
-        rows = rows[self.rollout["attention_mask"][rows].sum(dim=1).argsort(stable=True)]
+        rows = rows[self.rollout["attention_mask"][rows].sum(dim=1).argsort(descending=True, stable=True)]
         chosen = self.prompt_ids(self.iteration)
         batch = trim({name: x[rows] for name, x in self.rollout.items()}) | self.inputs(
             [chosen[row] for row in rows.tolist()]

@@ -169,5 +169,13 @@ def share(n: int, rank: int, world: int, micro_batch: int | None) -> tuple[slice
     return slice(first, pieces[-1].stop), [slice(p.start - first, p.stop - first) for p in pieces]
 
 
+def longest_first(batch: Batch) -> Batch:
+    """The rows by their real tokens in ``attention_mask`` (B, T), or (B, K, T) of K sequences a row: micro-batches, cut to
+    their longest, then carry little padding, and the first needs the most memory."""
+    lengths = batch["attention_mask"].sum(dim=-1).view(len(batch["attention_mask"]), -1).amax(dim=1)
+    order = lengths.argsort(descending=True, stable=True)
+    return {name: tensor[order] for name, tensor in batch.items()}
+
+
 def rows_of(batch: Batch, piece: slice) -> Batch:
     return {name: tensor[piece] for name, tensor in batch.items()}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fledge.errors import InputError
-from fledge.stream import DataStream, Mixed, Permutation, derive, generator
+from fledge.stream import DataStream, Mixed, Permutation, derive, generator, longest_first
 
 
 def rows(ids, seeds):
@@ -110,6 +110,18 @@ def test_a_stream_has_no_state_and_travels_to_workers():
 def test_fewer_samples_than_a_batch_are_refused():
     with pytest.raises(InputError, match="pictures: 4 samples, but train.batch is 5"):
         DataStream(4, rows, batch=5, seed=0, what="pictures")
+
+
+@pytest.mark.parametrize("K", [None, 2])
+def test_the_longest_rows_come_first(K):
+    """By real tokens wherever padding stands; of several sequences in a row, by the longest; equal ones in their order."""
+    lengths = [3, 5, 1, 5, 2]
+    mask = torch.tensor([[0] * (5 - n) + [1] * n for n in lengths])
+    if K is not None:
+        mask = torch.stack([mask, torch.tensor([1, 0, 0, 0, 0]).expand(5, 5)], dim=1)  # (B, K, T)
+    batch = longest_first({"attention_mask": mask, "id": torch.arange(5)})
+    assert batch["id"].tolist() == [1, 3, 0, 4, 2]
+    assert torch.equal(batch["attention_mask"], mask[batch["id"]])
 
 
 def test_rows_of_two_streams_are_spread_evenly_and_stay_in_order():
