@@ -29,7 +29,7 @@ from fledge.models import adapters, language, reward_model
 from fledge.models.adapters import LoRAConfig
 from fledge.models.language import decay_exempt
 from fledge.optim import OptimConfig, adamw, decay_groups
-from fledge.stream import Batch, DataStream, Rows, derive, longest_first
+from fledge.stream import Batch, DataStream, Rows, derive, longest_first, rows_of
 from fledge.track import Run, TrackConfig
 from fledge.train import TrainConfig, fit
 
@@ -242,9 +242,10 @@ def main(config: Config) -> artifact.Artifact:
             adapters.add(learner, config.lora)
             learner.score.requires_grad_(True)
         objective = RewardModel(learner, config.center_rewards_coefficient, config.loss, config.tie_threshold)
-        
+
         def rows(ids: list[int], seeds: list[int]) -> Batch:
-            return longest_first(train.rows(ids, seeds))
+            batch = train.rows(ids, seeds)
+            return rows_of(batch, longest_first(batch["attention_mask"]))
 
         stream = DataStream(len(train), rows, batch=config.train.batch, seed=config.seed, what="data")
         steps = resolve(config.train.steps, stream.steps_per_epoch)

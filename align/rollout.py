@@ -17,7 +17,7 @@ from fledge import distributed
 from fledge.errors import RunError
 from fledge.models.language import logits_at
 from fledge.models.sampling import left_pad, sample
-from fledge.stream import Batch, cut
+from fledge.stream import Batch, cut, longest_first, rows_of
 from fledge.train import autocast
 
 # ------------------------------------------------------------------------------------------------------------- answers
@@ -246,11 +246,12 @@ def value_head(width: int, init: Literal["zero", "normal"]) -> nn.Linear:
 @torch.no_grad()
 def in_pieces(function: Callable[[Batch], Tensor], batch: Batch, precision: str, most: int | None) -> Tensor:
     """``function`` over at most ``most`` rows at a time, similar lengths together: (B,), or (B, t) padded to (B, T)."""
-    order = batch["attention_mask"].sum(dim=1).argsort(stable=True)
+    order = longest_first(batch["attention_mask"])
     B, T = batch["response_mask"].shape
     found = []
     for piece in cut(B, -(-B // (most or B))):
+        rows = {name: x.to(distributed.device()) for name, x in trim(rows_of(batch, order[piece])).items()}
         with autocast(precision):
-            out = function(trim({name: x[order[piece]].to(distributed.device()) for name, x in batch.items()})).cpu()
+            out = function(rows).cpu()
         found.append(out if out.ndim == 1 else nn.functional.pad(out, (0, T - out.shape[1])))
     return torch.cat(found)[order.argsort()]

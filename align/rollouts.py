@@ -28,7 +28,7 @@ from align.scorers import Scorer, callable_of
 from fledge import distributed
 from fledge.config import Config, hardware
 from fledge.data.prompts import Prompts
-from fledge.stream import Batch, Permutation, cut, derive
+from fledge.stream import Batch, Permutation, cut, derive, longest_first, rows_of
 
 
 class Rollout(Config):
@@ -221,11 +221,9 @@ class Rollouts:
     def fetch(self, ids: Sequence[int], step: int) -> Batch:
         """Those rows of the rollout, the longest first, so that micro-batches carry little padding."""
         rows = torch.tensor(ids)
-        rows = rows[self.rollout["attention_mask"][rows].sum(dim=1).argsort(descending=True, stable=True)]
+        rows = rows[longest_first(self.rollout["attention_mask"][rows])]
         chosen = self.prompt_ids(self.iteration)
-        batch = trim({name: x[rows] for name, x in self.rollout.items()}) | self.inputs(
-            [chosen[row] for row in rows.tolist()]
-        )
+        batch = trim(rows_of(self.rollout, rows)) | self.inputs([chosen[row] for row in rows.tolist()])
         if self.text is None:
             return batch
         epochs_before = step // self.minibatches  # of PPO, since the run began

@@ -139,7 +139,7 @@ class Mixed(DataStream):
         parts = [(which, self.streams[which].fetch(some, step)) for which, some in enumerate(own) if some]
         joined = self.join(parts)
         order = torch.tensor([which for which, _ in ids]).argsort(stable=True)  # joined row r stands at order[r]
-        return {name: tensor[order.argsort()] for name, tensor in joined.items()}
+        return rows_of(joined, order.argsort())
 
 
 def cut(n: int, parts: int) -> list[slice]:
@@ -169,13 +169,12 @@ def share(n: int, rank: int, world: int, micro_batch: int | None) -> tuple[slice
     return slice(first, pieces[-1].stop), [slice(p.start - first, p.stop - first) for p in pieces]
 
 
-def longest_first(batch: Batch) -> Batch:
-    """The rows by their real tokens in ``attention_mask`` (B, T), or (B, K, T) of K sequences a row: micro-batches, cut to
-    their longest, then carry little padding, and the first needs the most memory."""
-    lengths = batch["attention_mask"].sum(dim=-1).view(len(batch["attention_mask"]), -1).amax(dim=1)
-    order = lengths.argsort(descending=True, stable=True)
-    return {name: tensor[order] for name, tensor in batch.items()}
+def longest_first(mask: Tensor) -> Tensor:
+    """The order of rows by their real tokens: micro-batches, cut to their longest row, then carry little padding, and
+    the first needs the most memory. (B, T), or (B, K, T) of K sequences a row -> (B,)"""
+    lengths = mask.sum(dim=-1).view(len(mask), -1).amax(dim=1)
+    return lengths.argsort(descending=True, stable=True)
 
 
-def rows_of(batch: Batch, piece: slice) -> Batch:
+def rows_of(batch: Batch, piece: slice | Tensor) -> Batch:
     return {name: tensor[piece] for name, tensor in batch.items()}

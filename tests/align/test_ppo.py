@@ -143,6 +143,17 @@ def test_ratio_is_one_and_kl_zero_at_the_first_update(make, temperature):
     assert stream.rollout["objective/kl"].abs().max() <= 1e-5
 
 
+def test_the_rows_of_a_minibatch_are_its_ids_the_longest_first():
+    stream = build(config(), llama())
+    rollout = roll(stream)
+    for step in range(3):
+        ids = stream.ids(step)
+        batch = stream.fetch(ids, step)
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        assert lengths == sorted(rollout["attention_mask"][ids].sum(dim=1).tolist(), reverse=True)
+        assert sorted(batch["returns"].sum(dim=1).tolist()) == sorted(rollout["returns"][ids].sum(dim=1).tolist())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_ratio_is_near_one_at_the_first_update_in_bf16(make):
