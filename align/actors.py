@@ -6,12 +6,13 @@ it is the policy, with none the reference, with the value's adapter and a head t
 
 import copy
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import AfterValidator, PositiveFloat
-from torch import nn
+from torch import Tensor, nn
 
 from align.rollout import ValueModel, value_head
 from fledge.artifact import Artifact
@@ -19,6 +20,7 @@ from fledge.config import Config, Duration
 from fledge.errors import InputError
 from fledge.models import adapters, language, reward_model
 from fledge.models.adapters import LoRAConfig
+from fledge.stream import Batch
 
 POLICY, VALUE = "policy", "value"
 """The adapters on one trunk."""
@@ -96,6 +98,33 @@ def one_trunk(policy: Any, lora: LoRAConfig, value: Value) -> Actors:
     head = value_head(policy.config.get_text_config().hidden_size, value.head)  # type: ignore[arg-type]  (not "reward": Config refuses)
     critic = ValueModel(adapters.View(policy.base_model, VALUE), head)
     return Actors(policy, adapters.View(policy, None), critic, learning, [*valuing, *head.parameters()])
+
+
+def reached(cast: Actors, inputs: Batch) -> Actors:
+    """The same actors, of which only parameters learn that a gradient reaches; DDP would wait for the others. LLaVA
+    reads a layer of its vision tower that is not the last."""
+    with torch.enable_grad():
+        learning = leaves(cast.policy(**inputs).logits), leaves(cast.value(**inputs))
+    kept = [
+        [p for p in parameters if id(p) in found]
+        for parameters, found in zip((cast.policy_parameters, cast.value_parameters), learning, strict=True)
+    ]
+    for parameter in {*cast.policy_parameters, *cast.value_parameters} - {p for some in kept for p in some}:
+        parameter.requires_grad_(False)
+    return replace(cast, policy_parameters=kept[0], value_parameters=kept[1])
+
+
+def leaves(output: Tensor) -> set[int]:
+    """The ids of the parameters that a gradient of ``output`` reaches."""
+    seen, found, todo = set(), set(), [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found.add(id(getattr(node, "variable", None)))  # of the node where the gradient of a leaf is summed
+        todo += [before for before, _ in node.next_functions]
+    return found
 
 
 def build_value(config: Value, policy: Any, parents: dict[str, Artifact]) -> ValueModel:

@@ -1,19 +1,24 @@
 """A policy judged beside the one that it started from: the same held-out prompts, the same seeds, paired."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from align import rlhf
 from align.rollout import answer, decode, in_pieces, spread, token_logits
 from align.scorers import FunctionScorer, Scorer, TextScorer, callable_of
+from fledge import distributed
 from fledge.artifact import Artifact
 from fledge.data import world
 from fledge.data.chats import RecordsConfig
 from fledge.data.prompts import Prompts
 from fledge.evals.score import Score, bootstrap, paired
-from fledge.stream import Batch, Permutation, derive
+from fledge.stream import Batch, Permutation, cut, derive
+
+T = TypeVar("T")
 
 
 class Judge(NamedTuple):
@@ -60,14 +65,16 @@ class Questions(NamedTuple):
     """At most so many at a time."""
 
     def chosen(self) -> list[int]:
+        """The prompts of this rank, which has its share of them."""
         order = Permutation(len(self.prompts), "evaluation")
-        return [order[i] for i in range(min(len(self.prompts), self.most))]
+        all_ranks = [order[i] for i in range(min(len(self.prompts), self.most))]
+        return all_ranks[cut(len(all_ranks), distributed.world_size())[distributed.rank()]]
 
     def records(self) -> list[dict]:
         return [self.prompts.records[i] for i in self.chosen()]
 
     def put_to(self, model: nn.Module) -> Batch:
-        """The prompts with this model's answers, as ``answer`` gives them."""
+        """The prompts of this rank with this model's answers, as ``answer`` gives them."""
         chosen = self.chosen()
         return answer(
             model,
@@ -81,14 +88,20 @@ class Questions(NamedTuple):
             inputs=self.prompts.inputs(chosen),
         )
 
-    def kl(self, after: nn.Module, before: nn.Module, answers: Batch) -> float:
-        """KL(after || before) in nats an answer, on its answers: exact at each token, summed, mean over rows."""
+    def kl(self, after: nn.Module, before: nn.Module, answers: Batch) -> list[float]:
+        """KL(after || before) in nats of each answer of after's: exact at each token, summed."""
 
         def kl_of(piece: Batch) -> Tensor:
             logits, reference = (token_logits(model, piece) for model in (after, before))
             return spread(rlhf.exact_kl(logits, reference, self.temperature), piece["response_mask"])
 
-        return in_pieces(kl_of, answers, self.precision, self.rows).sum(dim=1).mean().item()
+        return in_pieces(kl_of, answers, self.precision, self.rows).sum(dim=1).tolist()
+
+    def everywhere(self, rows: Callable[[], Iterable[T]]) -> list[T]:
+        """What ``rows`` finds for the prompts of each rank, of all ranks, in the order of the prompts; or, on all of
+        them, the error of any."""
+        parts = distributed.together(lambda: list(rows()) if self.chosen() else [])
+        return [row for part in parts for row in part]
 
 
 def watch(
@@ -101,33 +114,51 @@ def watch(
     """
 
     def measure(step: int) -> dict[str, float]:
-        answers, records = questions.put_to(policy), questions.records()
-        texts = decode(questions.tokenizer, answers)
-        judged = judge.score(records, texts, answers)
-        rewarded = reward(records, texts, answers) if judge.unseen else judged
-        kl = questions.kl(policy, reference, answers)
-        return {"score": judged.mean().item(), "reward": rewarded.mean().item(), "kl": kl}
+        def mine() -> Iterable[tuple[float, float, float]]:
+            answers, records = questions.put_to(policy), questions.records()
+            texts = decode(questions.tokenizer, answers)
+            judged = judge.score(records, texts, answers)
+            rewarded = reward(records, texts, answers) if judge.unseen else judged
+            return zip(judged.tolist(), rewarded.tolist(), questions.kl(policy, reference, answers), strict=True)
+
+        means = torch.tensor(questions.everywhere(mine)).mean(dim=0).tolist()
+        return dict(zip(("score", "reward", "kl"), means, strict=True))
 
     return measure
+
+
+def try_out(judge: Judge, policy: nn.Module, questions: Questions) -> None:
+    """Let the judge score two answers, so that one that fails does so before anything is trained."""
+    few = questions._replace(most=2)
+
+    def mine() -> list[float]:
+        answers = few.put_to(policy)
+        return judge.score(few.records(), decode(few.tokenizer, answers), answers).tolist()
+
+    few.everywhere(mine)
 
 
 def compare(
     judge: Judge, before: nn.Module, after: nn.Module, questions: Questions
 ) -> tuple[list[Score], list[dict], float]:
     """Scores before and after, a few answers of both, and the KL of after to before in nats an answer."""
-    records, models = questions.records(), {"before": before, "after": after}
-    answers = {name: questions.put_to(model) for name, model in models.items()}
-    texts = {name: decode(questions.tokenizer, batch) for name, batch in answers.items()}
-    judged = {name: judge.score(records, texts[name], batch).numpy() for name, batch in answers.items()}
-    kl = questions.kl(after, before, answers["after"])
-    pairs = zip(
-        records, texts["before"], texts["after"], judged["before"].tolist(), judged["after"].tolist(), strict=True
-    )
+
+    def mine() -> Iterable[tuple[dict, str, str, float, float, float]]:
+        records = questions.records()
+        old, new = questions.put_to(before), questions.put_to(after)
+        old_texts, new_texts = decode(questions.tokenizer, old), decode(questions.tokenizer, new)
+        old_scores, new_scores = judge.score(records, old_texts, old), judge.score(records, new_texts, new)
+        kl = questions.kl(after, before, new)
+        return zip(records, old_texts, new_texts, old_scores.tolist(), new_scores.tolist(), kl, strict=True)
+
+    found = questions.everywhere(mine)
     table = [
         {"prompt": r["prompt"][-1]["content"], "before": a, "after": b, "score before": x, "score after": y}
-        for r, a, b, x, y in list(pairs)[:12]
+        for r, a, b, x, y, _ in found[:12]
     ]
-    return scores_of(judge, records, judged["before"], judged["after"], kl), table, kl
+    records, _, _, old_scores, new_scores, kls = zip(*found, strict=True)
+    kl = float(np.mean(kls))
+    return scores_of(judge, list(records), np.array(old_scores), np.array(new_scores), kl), table, kl
 
 
 def scores_of(judge: Judge, records: list[dict], before: Any, after: Any, kl: float) -> list[Score]:

@@ -158,13 +158,23 @@ class Config(StageConfig):
             raise ValueError("judge and parents.judge are both given; one of them judges")
         scorers.check(self.reward, self.rewards)
         given = [role for role in get_args(scorers.Role) if getattr(self.parents, role) is not None]
-        if self.data.image is not None and given:
-            raise ValueError(f"data.image: parents.{given[0]} reads text alone; give reward or rewards of functions")
+        if idle := sorted(set(given) - self._used()):
+            raise ValueError(f"parents.{idle[0]} is given, but neither rewards nor value.init use it; leave it out")
+        if self.data.image is not None:
+            given += ["judge"] if self.parents.judge is not None else []
+            if given:
+                raise ValueError(f"data.image: parents.{given[0]} reads text alone; give functions in its place")
         if self.lora is not None:
             self._adapters_agree(self.lora)
         if self.value.init == "policy" and self.value.head == "reward":
             raise ValueError("value.head is reward, but value.init is policy; use zero or normal")
         return self
+
+    def _used(self) -> set[str]:
+        """The parent reward models that score answers or begin as the value."""
+        alone = self.reward is None and self.rewards is None
+        parts = {str(part.model) for part in self.rewards or [] if part.model is not None}
+        return parts | ({"reward"} if alone or self.value.init == "reward" else set())
 
     def _adapters_agree(self, lora: LoRAConfig) -> None:
         if self.trainable is not None:
@@ -281,13 +291,19 @@ def check(config: Config, policy: Any, tokenizer: Any, parents: dict[str, Artifa
     """Refuse what cannot be, before anything is trained.
 
     Raises:
-        InputError: rows are longer than a parent has positions; fewer rows than processes; no token ends an answer; the
-            judge is a reward that is trained on.
+        InputError: rows are longer than a parent has positions; a parent was trained in another template; fewer rows
+            than processes; no token ends an answer; the judge is a reward that is trained on.
     """
     wanted = config.data.max_length + config.rollout.max_new_tokens
     for role, at in parents.items():
-        if role == "judge":  # reads texts, and shortens what is too long for it
+        if role == "judge":  # reads texts in its own template, and shortens what is too long for it
             continue
+        known = at.preprocessing.get("template", config.data.template)
+        if known != config.data.template:
+            raise InputError(
+                f"data.template is {config.data.template}, but parents.{role}, {at.path}, was trained with {known}; "
+                f"set data.template: {known}"
+            )
         room = positions(at)
         if wanted > room:
             raise InputError(
@@ -345,6 +361,8 @@ def main(config: Config) -> Artifact:
         size = language.size(policy)
         torch.manual_seed(derive("init", config.seed))
         cast = actors.build(policy, parents, lora=config.lora, trainable=config.trainable, value=config.value)
+        if prompts.pictures is not None:
+            cast = actors.reached(cast, {"input_ids": torch.tensor(prompts.ids[:1]), **prompts.inputs([0])})
         reference = cast.reference.to(device)
         text = ptx.Text(config.ptx, tokens, config.seed) if config.ptx else None
         coef = config.ptx.coef if config.ptx else None
@@ -373,6 +391,9 @@ def main(config: Config) -> Artifact:
                 rows=config.train.most_rows or 128,
             )
 
+        asked = questions(config.evaluation.split) if run.measures else None
+        if asked is not None:
+            judge.try_out(referee, reference, asked)
         watch = None
         if config.train.eval_every:
             watch = handed_over(objective, judge.watch(referee, scorer, policy, reference, questions("validation")))
@@ -380,8 +401,7 @@ def main(config: Config) -> Artifact:
 
         with objective.handed_over():
             scores, kl = [], {}
-            if run.measures:
-                asked = questions(config.evaluation.split)
+            if asked is not None:
                 scores, table, kl["kl"] = judge.compare(referee, reference, policy, asked)
                 run.samples("answers", table, "Held-out prompts, answered before and after")
             return run.publish(

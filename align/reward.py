@@ -252,6 +252,8 @@ def main(config: Config) -> artifact.Artifact:
         groups = decay_groups(objective, decay_exempt)
         optim = adamw(groups, config.optim, batch=stream.batch, steps=steps, steps_per_epoch=stream.steps_per_epoch)
 
+        test = Preferences(config.data, tokens, config.evaluation_split, ties=True) if run.measures else None
+
         def validation_rows() -> tuple[int, Rows]:
             some = Preferences(config.data, tokens, "validation", ties=ties)
             return len(some), some.rows
@@ -262,9 +264,8 @@ def main(config: Config) -> artifact.Artifact:
         model = adapters.merged(learner) if config.lora is not None else learner
         calibrate(model, held_out.sample(train, config.evaluation_pairs), config.train.precision)
         scores, figures = [], {}
-        if run.measures:
+        if test is not None:
             before = build(parents["model"], tokens, config.seed, config.head_init).to(distributed.device())
-            test = Preferences(config.data, tokens, config.evaluation_split, ties=True)
             scores, figures = evaluate(model, before, held_out.sample(test, config.evaluation_pairs), config, run)
 
         def save(folder: Path) -> None:

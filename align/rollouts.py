@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from align import rlhf
@@ -67,6 +67,12 @@ class KL(Config):
     """If given, the coefficient is steered so that the KL of an answer becomes this (Ziegler et al.: 6, coef .15)."""
     horizon: PositiveFloat = 10_000.0
     """Of the controller, in answers."""
+
+    @model_validator(mode="after")
+    def _steerable(self) -> "KL":
+        if self.target is not None and self.coef == 0:
+            raise ValueError("kl.target steers kl.coef by factors, and kl.coef is 0; begin with Ziegler et al.'s .15")
+        return self
 
 
 def build_generator(config: Any, policy: nn.Module, tokenizer: Any) -> Generator:
@@ -131,7 +137,7 @@ class Rollouts:
                 self.kl_coef, mean_kl, self.kl.target, self.config.batch, self.kl.horizon
             )
         mine = cut(self.config.batch, distributed.world_size())[distributed.rank()]
-        parts = distributed.gather_objects(self.evaluate(self.respond(iteration, mine), iteration, mine))
+        parts = distributed.together(lambda: self.evaluate(self.respond(iteration, mine), iteration, mine))
         everywhere = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         self.moments = self.moments.merged(everywhere["objective/score"])
         self.rollout, self.iteration = trim(self.with_advantages(everywhere)), iteration

@@ -278,6 +278,8 @@ def main(config: Config) -> Artifact:
             found, measure = read_examples(config, tokens, "train"), agreement(config, tokens)
         run.say(found.report)
         asked = questions(config, tokens, policy) if referee is not None else None
+        if referee is not None and asked is not None:
+            judge.try_out(referee, policy.to(device), asked)
         per_epoch = trl_loop.steps_of_epoch(config, args, found)
         steps = resolve(config.train.steps, per_epoch)
         own = language.read_tokenizer(parents["policy"])  # TRL gives it a padding token where it has none

@@ -8,7 +8,7 @@ part of it.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -340,14 +340,15 @@ def main(config: Config) -> artifact.Artifact:
         steps = resolve(config.train.steps, stream.steps_per_epoch)
         groups = decay_groups(objective, decay_exempt)
         optim = adamw(groups, config.optim, batch=stream.batch, steps=steps, steps_per_epoch=stream.steps_per_epoch)
+        asked = held_out(config, tokens) if run.measures else None
         watch = watching(model, tokens, config, judge) if run.measures else None
         fit(objective, stream, optim, config.train, run, steps=steps, seed=config.seed, evaluate=watch)
 
         trained = (adapters.merged(model) if config.lora is not None else model).eval()
         scores = []
-        if run.measures:
+        if asked is not None:
             base = language.read(parents["model"]).to(distributed.device())
-            scores = evaluate(trained, base, tokens, config, run, judge)
+            scores = evaluate(trained, base, tokens, asked, config, run, judge)
 
         def save(folder: Path) -> None:
             language.save(trained, tokens, folder)
@@ -365,9 +366,26 @@ def main(config: Config) -> artifact.Artifact:
         )
 
 
-def evaluate(model: Any, base: Any, tokens: Any, config: Config, run: Run, judge: Judge | None) -> list[Score]:
+class HeldOut(NamedTuple):
+    """What the figures are of."""
+
+    prompts: Prompts
+    chats: Chats | None
+    """With their answers, where these are what is measured."""
+
+
+def held_out(config: Config, tokens: Any) -> HeldOut:
+    """Read before training: a split without examples should not be found out after it."""
+    split, likely = config.evaluation.split, config.evaluation.metric == "nats"
+    chats = Chats(config.data.model_copy(update={"packing": "none"}), tokens, split) if likely else None
+    return HeldOut(preferences.prompts(config.data, tokens, split), chats)
+
+
+def evaluate(
+    model: Any, base: Any, tokens: Any, asked: HeldOut, config: Config, run: Run, judge: Judge | None
+) -> list[Score]:
     """The figures of the table, and a few answers before and after for the report."""
-    prompts = preferences.prompts(config.data, tokens, config.evaluation.split)
+    prompts = asked.prompts
     ids = chosen_examples(len(prompts), config.evaluation.examples)
     shown = ids if config.evaluation.metric == "exact" else ids[:12]
     right, after = exact_answers(model, tokens, prompts, shown, config)
@@ -387,7 +405,7 @@ def evaluate(model: Any, base: Any, tokens: Any, config: Config, run: Run, judge
         "Greedy answers to held-out prompts",
     )
     scores = []
-    if config.evaluation.metric == "exact":
+    if asked.chats is None:
         clusters, unit = groups_of([prompts.records[i] for i in ids])
         low, high = bootstrap(right, clusters)
         scores.append(Score(
@@ -395,7 +413,7 @@ def evaluate(model: Any, base: Any, tokens: Any, config: Config, run: Run, judge
             n=len(np.unique(clusters)), unit=unit, note=f"{len(ids)} prompts, greedy",
         ))  # fmt: skip
     else:
-        scores.append(likelihood(model, base, tokens, config))
+        scores.append(likelihood(model, base, asked.chats, config))
     if judge is not None:
         mine, his = (rewards(one, tokens, prompts, ids, config, judge).numpy() for one in (model, base))
         low, high = bootstrap(mine)
@@ -406,12 +424,11 @@ def evaluate(model: Any, base: Any, tokens: Any, config: Config, run: Run, judge
     return scores
 
 
-def likelihood(model: Any, base: Any, tokens: Any, config: Config) -> Score:
+def likelihood(model: Any, base: Any, chats: Chats, config: Config) -> Score:
     """Nats per token of held-out answers."""
-    held_out = Chats(config.data.model_copy(update={"packing": "none"}), tokens, config.evaluation.split)
-    ids = chosen_examples(len(held_out), config.evaluation.examples)
-    nats, count = answer_nats(model, held_out, ids, config.train.precision)
-    base_nats, _ = answer_nats(base, held_out, ids, config.train.precision)
+    ids = chosen_examples(len(chats), config.evaluation.examples)
+    nats, count = answer_nats(model, chats, ids, config.train.precision)
+    base_nats, _ = answer_nats(base, chats, ids, config.train.precision)
     low, high = bootstrap(nats / count, weights=count)
     return Score(
         metric="nats per answer token", after=nats.sum() / count.sum(), before=base_nats.sum() / count.sum(),

@@ -43,7 +43,7 @@ def answers(
                 temperature=temperature,
                 seeds=[derive("answer", ids[k]) for k in some],
                 eos_id=tokenizer.eos_token_id,
-                pad_id=tokenizer.pad_token_id,
+                pad_id=prompts.pad_id,
             )
         for k, row, real in zip(some, said, mask.bool(), strict=True):
             found[k] = tokenizer.decode(row[real].tolist(), skip_special_tokens=True).strip()

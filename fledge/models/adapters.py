@@ -62,7 +62,8 @@ def add(model: Any, config: LoRAConfig, name: str = "default") -> list[nn.Parame
     """Put an adapter into ``model``, which freezes all that it had, and take it into use; its parameters.
 
     Raises:
-        InputError: no layer has a name that ``config.targets`` asks for.
+        InputError: no layer has a name that ``config.targets`` asks for, or one of them is the embedding, whose weight
+            a tied head shares: merging would change both.
     """
     lora = in_peft(model, config)
     others = [parameter for other in names(model) for parameter in parameters(model, other)]
@@ -73,6 +74,14 @@ def add(model: Any, config: LoRAConfig, name: str = "default") -> list[nn.Parame
     except ValueError as error:
         some = sorted({n.rpartition(".")[2] for n, module in model.named_modules() if hasattr(module, "weight")})
         raise InputError(f"lora.targets {config.targets}: {error} Its layers are {', '.join(some)}") from error
+    embedding = model.get_input_embeddings().weight
+    for where, layer in layers(model):
+        base = layer.get_base_layer()
+        if isinstance(base, nn.Embedding) or base.weight is embedding:
+            raise InputError(
+                f"lora.targets {config.targets}: {where} is the embedding or tied to it; leave it out, adapters are "
+                "for linear layers with weights of their own"
+            )
     model.set_adapter(name)
     for parameter in others:  # one adapter does not freeze another
         parameter.requires_grad_(True)

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import nn
 
-from align import ppo, rollout
+from align import actors, ppo, rollout
 from tests.align.test_ppo import Prompts, Score, Words, config, gradient_step
 
 V, IMAGE, COLOURS = 8, 7, [4, 5, 6]
@@ -101,6 +101,27 @@ def test_a_seeing_policy_comes_to_its_optimum_which_no_blind_one_can():
     assert J(after) > blind
     assert (J(after) - J(before)) / (best - J(before)) >= 0.95
     assert torch.equal(table(stream.reference), before)
+
+
+def test_only_what_a_gradient_reaches_learns():
+    """Brute force: a backward. DDP would wait for the gradients of the others."""
+    for value in (actors.Value(init="policy", head="zero"), actors.Value(init="policy", head="normal")):
+        stream = build(right_colour)
+        policy = llava()
+        cast = actors.four_models(policy, {}, None, value)
+        found = actors.reached(cast, {"input_ids": torch.tensor([PROMPT]), **stream.prompts.inputs([0])})
+        objective = ppo.PPO(found.policy, found.value, stream.objective.config, 1.0)
+        stream.objective = objective
+        stream.generate.policy = found.policy
+        stream.begin(0)
+        batch = stream.fetch(stream.ids(0), 0)
+        out = objective(batch, 0)
+        (out["policy_loss"] + out["value_loss"]).backward()
+        learning = {id(p) for p in [*found.policy_parameters, *found.value_parameters]}
+        for name, parameter in objective.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad == (id(parameter) in learning), name
+        unread = [name for name, p in found.policy.named_parameters() if not p.requires_grad]
+        assert unread and all("post_layernorm" in name for name in unread)
 
 
 def test_pictures_stand_beside_their_own_rows_everywhere_and_in_no_save():

@@ -21,7 +21,7 @@ def test_two_tokens_come_to_their_optimum():
     assert recovered(1) >= 0.95
 
 
-KL, REWARDS, LOSS, LOGPROBS = rlhf.kl_estimate, rlhf.token_rewards, rlhf.policy_loss, rlhf.token_logprobs
+KL, REWARDS, LOSS, LOGPROBS = rlhf.kl_estimate, rlhf.token_rewards, rlhf.policy_loss, rlhf.log_probabilities
 
 
 def early(kl, scores, *rest):
@@ -39,7 +39,7 @@ MISTAKES = {
     "kl_estimate": lambda *a: -KL(*a),
     "token_rewards": early,
     "policy_loss": short,
-    "token_logprobs": lambda logits, tokens, temperature: LOGPROBS(logits, tokens),
+    "log_probabilities": lambda logits, temperature: LOGPROBS(logits, 1.0),
 }
 
 

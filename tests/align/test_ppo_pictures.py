@@ -1,6 +1,8 @@
 """PPO on records with pictures: a tiny LLaVA comes in from its folder, sees by its processor, and goes out again."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from align import ppo
-from fledge import importer
+from fledge import artifact, importer
 from fledge.data.prompts import PromptsConfig, read_prompts
 from fledge.errors import InputError
 from fledge.models import language
@@ -139,6 +141,22 @@ def test_the_stage_sees(home, monkeypatch, lora):
     assert again is not None and again.image_token == "<image>"
 
 
+def rank(home: str) -> None:
+    """The stage on one of several ranks."""
+    os.chdir(home)
+    ppo.main(settings(Path(home), name="two_ranks"))
+
+
+def test_two_ranks_see_what_one_does(home, forks, tmp_path, monkeypatch):
+    monkeypatch.chdir(home)
+    one = ppo.main(settings(home, name="one_rank"))
+    forks.start("tests.align.test_ppo_pictures:rank", {"home": str(home)}, world=2, folder=tmp_path).wait(timeout=120)
+    two = artifact.open(home / "runs/two_ranks/artifact")
+    assert two.scores[0]["before"] == pytest.approx(one.scores[0]["before"], abs=1e-6)
+    for name, tensor in one.tensors().items():
+        torch.testing.assert_close(two.tensors()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
 def test_another_picture_is_other_data(home, tmp_path):
     config = PromptsConfig.model_validate(settings(home).data.model_dump())
     before = config.fingerprint()
@@ -161,3 +179,5 @@ def test_what_is_refused(home):
         read_prompts(settings(home).data, processor.tokenizer, "train", found)
     with pytest.raises(ValidationError, match="parents.reward reads text alone"):
         settings(home, parents={"policy": "a", "reward": "b"}, reward=None)
+    with pytest.raises(ValidationError, match="parents.judge reads text alone"):
+        settings(home, parents={"policy": "a", "judge": "b"})

@@ -1,6 +1,9 @@
 """PPO as a stage: folder in, folder out, with a function and with a reward model; and the inputs that it refuses."""
 
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from safetensors.torch import load_file
 
 from align import ppo, reward
 from fledge import artifact
-from fledge.errors import InputError
+from fledge.errors import InputError, RunError
 from fledge.models import adapters
 
 NAMES = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
@@ -152,10 +155,65 @@ def test_the_frontier_is_watched(home, monkeypatch):
     points = [line for line in lines if "eval/kl" in line]
     assert [line["step"] for line in points] == [3, 7]
     assert points[0]["eval/kl"] == pytest.approx(0, abs=1e-6) and points[1]["eval/kl"] > 1e-4
-    for line, texts in zip(points, heard["judge"], strict=False):
+    for line, texts in zip(points, heard["judge"][1:], strict=False):  # the first: does it work?
         assert texts in heard["reward"]
         assert line["eval/score"] == pytest.approx(sum(map(len, texts)) / len(texts), rel=1e-6)
         assert line["eval/reward"] == pytest.approx(sum(t.count("a") for t in texts) / len(texts), rel=1e-6)
+
+
+VALUE = {"init": "policy", "head": "zero"}
+
+
+def rank(home: str, name: str, reward: str) -> None:
+    """The stage on one of several ranks."""
+    os.chdir(home)
+    ppo.main(settings(Path(home), name=name, reward=reward, judge="counts:letters", value=VALUE, optim={"lr": 1e-3}))
+
+
+def test_two_ranks_answer_learn_and_judge_as_one_does(home, forks, tmp_path, monkeypatch):
+    """The same answers, figures and weights; and each held-out prompt is judged by one of them, not by each."""
+    (home / "counts.py").write_text(
+        "import os, pathlib\n"
+        "def letters(records, responses):\n"
+        "    with pathlib.Path(f\"judged-{os.environ.get('RANK', 'alone')}\").open('a') as file:\n"
+        "        file.writelines(record['prompt'][-1]['content'] + '\\n' for record in records)\n"
+        "    return [float(len(text)) for text in responses]\n"
+    )
+    monkeypatch.chdir(home)
+    rank(str(home), "one_rank", "likes:first_letter")
+    args = {"home": str(home), "name": "two_ranks", "reward": "likes:first_letter"}
+    forks.start("tests.align.test_ppo_stage:rank", args, world=2, folder=tmp_path).wait(timeout=120)
+    one, two = (artifact.open(home / "runs" / name / "artifact") for name in ("one_rank", "two_ranks"))
+    for mine, theirs in zip(two.scores, one.scores, strict=True):
+        assert mine == {k: pytest.approx(v, abs=1e-5) if isinstance(v, float) else v for k, v in theirs.items()}
+    assert two.metrics["kl"] == pytest.approx(one.metrics["kl"], rel=1e-3) and one.metrics["kl"] > 1e-4
+    for name, tensor in one.tensors().items():
+        torch.testing.assert_close(two.tensors()[name], tensor, rtol=1e-3, atol=1e-5)
+    curves = [
+        [json.loads(line) for line in (home / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one_rank", "two_ranks")
+    ]
+    for mine, theirs in zip(*curves, strict=True):
+        for name in [name for name in mine if "objective/" in name or name.startswith("train/value")]:
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5)
+    judged = {who: (home / f"judged-{who}").read_text().splitlines() for who in ("alone", "0", "1")}
+    assert len(judged["0"]) == len(judged["1"]) == len(judged["alone"]) / 2
+    assert sorted(judged["0"] + judged["1"]) == sorted(judged["alone"])
+
+
+def test_a_reward_that_fails_on_one_rank_ends_all_with_its_error(home, forks, tmp_path):
+    (home / "partly.py").write_text(
+        "import os\n"
+        "def fails(records, responses):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        raise KeyError('liked')\n"
+        "    return [0.0] * len(responses)\n"
+    )
+    args = {"home": str(home), "name": "fails", "reward": "partly:fails"}
+    job = forks.start("tests.align.test_ppo_stage:rank", args, world=2, folder=tmp_path).wait(timeout=60, check=False)
+    assert all(job.codes)
+    for log in ("rank0.log", "rank1.log"):
+        assert "the reward partly:fails" in (tmp_path / log).read_text()
 
 
 def moved_by(home, made):
@@ -251,6 +309,49 @@ def test_what_cannot_be_is_said_before_anything_is_trained(home, monkeypatch, ch
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"judge": "broken:judge"}, "broken:judge"),
+        ({"judge": "likes:nothing"}, "likes:nothing"),
+        ({"evaluation": {"split": "validation"}}, "the validation data has 0 usable examples"),
+    ],
+)
+def test_what_would_fail_at_the_end_fails_before_training(home, monkeypatch, change, words):
+    (home / "broken.py").write_text("def judge(records, texts):\n    return [float('nan')] * len(texts)\n")
+    monkeypatch.chdir(home)
+    data = {"source": "files", "path": str(home / "prompts.jsonl"), "max_length": 24, "test_fraction": 0.3}
+    given = settings(
+        home, name="ends", reward="likes:first_letter", value=VALUE, data={**data, "validation_fraction": 0.0}, **change
+    )
+    with pytest.raises((InputError, RunError), match=words):
+        ppo.main(given)
+    assert not (home / "runs/ends/metrics.jsonl").read_text()
+
+
+def test_parents_of_another_template_are_refused(home, monkeypatch):
+    monkeypatch.chdir(home)
+    data = {"source": "files", "path": str(home / "prompts.jsonl"), "max_length": 24, "template": "plain"}
+    chat = artifact.open(home / "chat")
+    told = artifact.write(
+        home / "told",
+        kind="chat-model",
+        save=lambda at: [shutil.copy(file, at) for file in chat.path.iterdir() if file.name != "manifest.json"],
+        config="stage: finetune.sft\n",
+        architecture={},
+        preprocessing={**chat.preprocessing, "template": "chat"},
+    )
+    given = {"reward": "likes:first_letter", "value": VALUE, "parents": {"policy": str(told.path)}}
+    with pytest.raises(InputError, match="parents.policy, .*told, was trained with chat; set data.template: chat"):
+        ppo.main(settings(home, name="other", data=data, **given))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kl": {"coef": 0.0, "target": 6.0}}, "kl.coef is 0"),
+        (
+            {"parents": {"policy": "a", "reward": "b"}, "reward": "likes:it", "value": VALUE},
+            "parents.reward is given",
+        ),
+        ({"parents": {"policy": "a", "reward": "b", "reward_2": "c"}}, "parents.reward_2 is given"),
         ({"rollout": {"batch": 12}}, "not a multiple of train.batch"),
         ({"value": {"init": "policy"}}, "value.head is reward"),
         ({"rollout": {"temperature": 0.0}}, "greater than 0"),

@@ -1,5 +1,6 @@
 """SFT beside TRL's SFTTrainer and transformers' NEFTune on the same batches; what may change nothing; wrong input."""
 
+import copy
 import json
 import math
 
@@ -11,7 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from finetune.sft import SFT, MixedSFT, mixed
 from fledge.data import tokenizer as tokenizers
 from fledge.data.chats import Chats, ChatsConfig
+from fledge.data.prompts import Prompts
 from fledge.data.tokenizer import TokenizerConfig
+from fledge.evals import generation
 from fledge.models import adapters, language
 from fledge.models.adapters import LoRAConfig
 
@@ -58,6 +61,19 @@ def assert_same(found: tuple, truth: tuple) -> None:
     assert found[1].keys() == truth[1].keys()
     for name, grad in truth[1].items():
         torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_who_has_no_padding_token_answers_the_same(tokens):
+    """GPT-2's, Llama's and Mistral's have none."""
+    bare = copy.deepcopy(tokens)
+    bare.pad_token = None
+    said = []
+    for one in (tokens, bare):
+        records = [{"prompt": [{"role": "user", "content": q}]} for q, _ in TALKS]
+        prompts = Prompts(records, one, split="test")
+        model = llama(tokens)
+        said.append(generation.answers(model, one, prompts, range(len(prompts)), max_new_tokens=8, temperature=1.0))
+    assert bare.pad_token_id is None and said[0] == said[1] and len(set(said[0])) > 1
 
 
 # ---- TRL

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fledge import artifact
 from fledge.config import load
 from fledge.data import preferences
+from fledge.errors import InputError
 from fledge.evals.reward import Judge
 from fledge.export import export
 from tests.fledge.test_export import Family
@@ -79,6 +80,16 @@ def test_the_checkpoint_is_chosen_by_the_reward_models_score(chosen, tmp_path):
             said.append(tokens.decode(new[0, ids.shape[1] :], skip_special_tokens=True).strip())
         mean = scores(family.run("reward") / "artifact", asked, said).mean().item()
         assert measured[step] == pytest.approx(mean, abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_an_empty_test_split_is_found_before_training(family, stage):
+    module = importlib.import_module({"sft": "finetune.sft", "reward": "align.reward"}[stage])
+    given = family.config(stage) | {"name": f"untested_{stage}"}
+    given["data"] = given["data"] | {"test_fraction": 0.0}
+    with pytest.raises(InputError, match="the test data has 0 usable examples"):
+        module.main(load(module.Config, given))
+    assert not (family.root / f"runs/untested_{stage}/metrics.jsonl").read_text()
 
 
 def test_a_judge_reads_any_answer_and_cuts_only_prompts(family):

@@ -48,6 +48,31 @@ def test_a_new_adapter_changes_nothing_and_off_is_the_base_bit_for_bit(arch, dor
         assert torch.equal(model(IDS).logits, plain(IDS).logits)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["q_proj", "lm_head"]])
+def test_an_adapter_never_changes_a_weight_that_others_share(targets, tied):
+    """A head of its own may have one; merging it leaves the model as it was with it."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            intermediate_size=48,
+            tie_word_embeddings=tied,
+        )  # fmt: skip
+    ).eval()
+    lora = LoRAConfig(rank=4, targets=targets)
+    if tied or "embed_tokens" in targets:
+        with pytest.raises(InputError, match=f"{targets[-1]} is the embedding or tied to it"):
+            adapters.add(model, lora)
+        return
+    for parameter in adapters.add(model, lora):
+        nn.init.normal_(parameter, std=0.1)
+    torch.testing.assert_close(adapters.merged(model)(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_lora_is_its_formula():
     model = base("llama")
     layer = model.model.layers[0].self_attn.q_proj
