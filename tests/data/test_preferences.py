@@ -134,3 +134,9 @@ def test_a_margin_is_not_the_worlds():
     with pytest.raises(InputError, match=r"data\.margin"):
         PreferencesConfig(margin="sure").check()
     PreferencesConfig().check()
+
+
+def test_raw_strings_without_a_prompt_are_refused(read):
+    """HH-RLHF's layout."""
+    with pytest.raises(InputError, match=r"r.jsonl:1: no field 'prompt'; the record has: chosen, rejected"):
+        read({"chosen": "\n\nHuman: fox?\n\nAssistant: a", "rejected": "\n\nHuman: fox?\n\nAssistant: b"})
