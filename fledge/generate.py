@@ -131,17 +131,15 @@ def score(opened: Artifact, prompt: str, answers: Sequence[str]) -> str:
     """A table of the answers, the best first: calibrated and raw rewards, or an ensemble's mean and disagreement."""
     import torch
 
-    from fledge.data import chats, preferences
+    from fledge.data import chats
     from fledge.models import reward_model
 
     if not answers or not all(answer.strip() for answer in answers):
         raise InputError(f"{opened.path} is a {opened.kind}: it scores answers; give --answer TEXT, once for each")
     tokens, models = reward_model.read_tokenizer(opened), reward_model.read(opened)
     template, asked = opened.preprocessing["template"], [{"role": "user", "content": prompt}]
-    before = chats.prompt_text(tokens, asked, template)
     said = [[{"role": "assistant", "content": answer}] for answer in answers]
-    texts = [before, *(preferences.answer_text(tokens, before, asked, one, template) for one in said)]
-    first, *ids = chats.ids_of(tokens, texts)
+    [(first, ids)] = chats.ids_of_answers(tokens, [asked], [said], template)
     room_for(models[0], len(first) + max(map(len, ids)), opened)
     rows = chats.pad([first + answer for answer in ids], tokens.pad_token_id, "right")
     with torch.no_grad():

@@ -9,6 +9,7 @@ marker is searched for among the ids. The scored segments are the assistant's wo
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -32,7 +33,8 @@ Overlong = Literal["drop", "truncate"]
 ROLES = ("system", "user", "assistant")
 
 # reasons of a skip, counted in `skipped`
-EMPTY, NOTHING, LONG = "empty answer", "no answer of the assistant", "longer than max_length"
+EMPTY, NOTHING, UNASKED = "empty answer", "no answer of the assistant", "nothing asked before the assistant"
+LONG = "longer than max_length"
 MARKED, TWICE, EQUAL = "a special token in the text", "prompt seen before", "chosen equals rejected"
 TRUNCATED = "prompt cut at the left"  # not a skip; counted beside them in `truncated`
 
@@ -238,17 +240,33 @@ def render(tokenizer: "PreTrainedTokenizerFast", messages: list[Message], *, gen
     from jinja2 import TemplateError
 
     if tokenizer.chat_template is None:
-        raise InputError(
-            "this tokenizer has no chat template; give one in data.chat_template, or use data.template: plain"
-        )
+        raise InputError(f"this tokenizer has no chat template; {ANOTHER}, or use data.template: plain")
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
     except (TemplateError, TypeError) as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise InputError(f"the chat template fails at messages of the roles {roles}: {error}") from error
+        raise InputError(
+            f"the chat template fails at messages of the roles {roles} ({_asking(messages)}): {error}"
+        ) from error
 
 
-PROBE = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+ANOTHER = "give the model one that fits when it is fine-tuned, in its data.chat_template"
+
+
+def _asking(messages: list[Message]) -> str:
+    """Names a conversation by what is asked in it first."""
+    asked = next((m["content"] for m in messages if m["role"] == "user"), messages[0]["content"])
+    return f"asking {asked[:60]!r}"
+
+
+def _unfit(messages: list[Message]) -> InputError:
+    return InputError(
+        f"the chat template cannot be trained on ({_asking(messages)}): it changes earlier turns when a later one is "
+        f"added, or does not close an answer with the tokenizer's end token; {ANOTHER}"
+    )
+
+
+PROBE = [{"role": "user", "content": "a question, to try the template"}, {"role": "assistant", "content": "an answer"}]
 
 
 def use_template(config: ChatsConfig, tokenizer: "PreTrainedTokenizerFast") -> None:
@@ -276,40 +294,53 @@ def segments(tokenizer: "PreTrainedTokenizerFast", messages: list[Message], temp
         prompt = render(tokenizer, messages[:n], generation=True)
         said = answer_text(tokenizer, prompt, messages[: n + 1])
         if not prompt.startswith(done):
-            raise InputError(_UNFIT)
+            raise _unfit(messages)
         found += [(prompt[len(done) :], False), (said, True)]
         done = prompt + said
     return found
 
 
-_UNFIT = (
-    "the chat template cannot be trained on: it changes earlier turns when a later one is added, or does not close an "
-    "answer with the tokenizer's end token; give another one in data.chat_template"
-)
-
-
-def answer_text(tokenizer: "PreTrainedTokenizerFast", prompt: str, messages: list[Message]) -> str:
-    """What the template puts behind the rendered prompt, through the end token that closes the last answer."""
-    full, end = render(tokenizer, messages), str(tokenizer.eos_token)
-    closed = full.rfind(end) + len(end)
-    if not full.startswith(prompt) or closed < len(prompt) + len(end):
-        raise InputError(_UNFIT)
-    return full[len(prompt) : closed]
-
-
 def _plain_segments(tokenizer: "PreTrainedTokenizerFast", messages: list[Message]) -> list[Segment]:
+    """What stands before an answer is one segment, bos included: it is what may be cut, and read as one text."""
     found: list[Segment] = [(str(tokenizer.bos_token or ""), False)]
     for message in messages:
-        answer = message["role"] == "assistant"
-        found.append((message["content"] + (str(tokenizer.eos_token) if answer else ""), answer))
+        if message["role"] == "assistant":
+            found.append((message["content"] + str(tokenizer.eos_token), True))
+        elif found[-1][1]:
+            found.append((message["content"], False))
+        else:
+            found[-1] = (found[-1][0] + message["content"], False)
     return found
 
 
-def prompt_text(tokenizer: "PreTrainedTokenizerFast", messages: list[Message], template: str = "chat") -> str:
-    """What stands before the answer; its ids are those of ``apply_chat_template(add_generation_prompt=True)``."""
+def answer_text(
+    tokenizer: "PreTrainedTokenizerFast", prompt: str, messages: list[Message], template: str = "chat"
+) -> str:
+    """What stands behind the rendered prompt, through the end token that closes the last answer."""
     if template == "plain":
-        return str(tokenizer.bos_token or "") + "".join(m["content"] for m in messages)
-    return render(tokenizer, messages, generation=True)
+        return prompt_text(tokenizer, messages, template)[len(prompt) :]
+    full, end = render(tokenizer, messages), str(tokenizer.eos_token)
+    closed = full.rfind(end) + len(end)
+    if not full.startswith(prompt) or closed < len(prompt) + len(end):
+        raise _unfit(messages)
+    return full[len(prompt) : closed]
+
+
+def prompt_text(tokenizer: "PreTrainedTokenizerFast", messages: list[Message], template: str = "chat") -> str:
+    """What stands before the answer."""
+    return "".join(text for text, _ in prompt_segments(tokenizer, messages, template))
+
+
+def prompt_segments(
+    tokenizer: "PreTrainedTokenizerFast", messages: list[Message], template: str = "chat"
+) -> list[Segment]:
+    """What stands before the answer; the ids are those of ``apply_chat_template(add_generation_prompt=True)``.
+
+    Those of a plain template are those of training, where what was said before stands in segments of its own.
+    """
+    if template == "plain":
+        return _plain_segments(tokenizer, messages)
+    return [(render(tokenizer, messages, generation=True), False)]
 
 
 def ids_of(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[list[int]]:
@@ -323,15 +354,41 @@ def ids_of_segments(
     """[(ids, scored)] of each conversation's segments, each tokenised as it stands behind the one before it.
 
     Where a tokenizer puts a blank before every text (SentencePiece's dummy prefix), a segment is read behind the last
-    character, or the special token, of the one before, whose ids are then taken off again.
+    character, or the special token, of the one before, whose ids are then taken off again. Equal ones are read once.
     """
-    texts = [text for some in conversations for text, _ in some]
-    if _adds_blank(tokenizer):
-        found = _ids_behind(tokenizer, [end for some in conversations for end in _ends_before(tokenizer, some)], texts)
-    else:
-        found = ids_of(tokenizer, texts)
-    ids = iter(found)
-    return [[(next(ids), scored) for _, scored in some] for some in conversations]
+    blank = _adds_blank(tokenizer)
+    behind = [
+        list(zip(_ends_before(tokenizer, some) if blank else [""] * len(some), (text for text, _ in some), strict=True))
+        for some in conversations
+    ]
+    different = list(dict.fromkeys(chain.from_iterable(behind)))
+    ids = dict(zip(different, _ids_behind(tokenizer, different), strict=True))
+    return [
+        [(ids[text], scored) for text, (_, scored) in zip(texts, some, strict=True)]
+        for texts, some in zip(behind, conversations, strict=True)
+    ]
+
+
+def ids_of_answers(
+    tokenizer: "PreTrainedTokenizerFast",
+    asked: list[list[Message]],
+    answers: list[list[list[Message]]],
+    template: str = "chat",
+) -> list[tuple[list[int], list[list[int]]]]:
+    """(ids of the prompt, ids of each of its answers through their end tokens) of each of the prompts ``asked``."""
+    texts: list[list[Segment]] = []
+    for prompt, some in zip(asked, answers, strict=True):
+        before = prompt_segments(tokenizer, prompt, template)
+        written = "".join(text for text, _ in before)
+        texts += [[*before, (answer_text(tokenizer, written, [*prompt, *said], template), True)] for said in some]
+    ids = iter(ids_of_segments(tokenizer, texts))
+    found = [[next(ids) for _ in some] for some in answers]
+    return [(joined(pieces[0][:-1]), [said for *_, (said, _) in pieces]) for pieces in found]
+
+
+def joined(pieces: list[tuple[list[int], bool]]) -> list[int]:
+    """The ids of segments, one behind the other."""
+    return [i for ids, _ in pieces for i in ids]
 
 
 def _adds_blank(tokenizer: "PreTrainedTokenizerFast") -> bool:
@@ -346,15 +403,14 @@ def _ends_before(tokenizer: "PreTrainedTokenizerFast", segments: list[Segment]) 
     return ["", *(found[0] if (found := special.search(text)) else text[-1:] for text in before)]
 
 
-def _ids_behind(tokenizer: "PreTrainedTokenizerFast", ends: list[str], texts: list[str]) -> list[list[int]]:
-    """Ids of texts as they stand behind their ends; alone, where a token would reach over both."""
-    whole = ids_of(tokenizer, [end + text for end, text in zip(ends, texts, strict=True)])
-    different = sorted(set(ends))
-    known = dict(zip(different, ids_of(tokenizer, different), strict=True))
-    fits = [ids[: len(known[end])] == known[end] for ids, end in zip(whole, ends, strict=True)]
+def _ids_behind(tokenizer: "PreTrainedTokenizerFast", behind: list[tuple[str, str]]) -> list[list[int]]:
+    """Ids of texts as they stand behind their ends, (end, text) each; alone, where a token would reach over both."""
+    whole = ids_of(tokenizer, [end + text for end, text in behind])
+    ends = sorted({end for end, _ in behind})
+    known = dict(zip(ends, ids_of(tokenizer, ends), strict=True))
     return [
-        ids[len(known[end]) :] if fit else ids_of(tokenizer, [text])[0]
-        for ids, end, text, fit in zip(whole, ends, texts, fits, strict=True)
+        ids[len(known[end]) :] if ids[: len(known[end])] == known[end] else ids_of(tokenizer, [text])[0]
+        for ids, (end, text) in zip(whole, behind, strict=True)
     ]
 
 
@@ -456,6 +512,8 @@ def _tokenise(
         messages = record["messages"]
         answers = [m["content"] for m in messages if m["role"] == "assistant"]
         reason = NOTHING if not answers else EMPTY if not all(a.strip() for a in answers) else None
+        if reason is None and messages[0]["role"] == "assistant":
+            reason = UNASKED
         if reason is None and marked(pattern, messages):
             reason = MARKED
         if reason is not None:

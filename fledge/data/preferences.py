@@ -23,7 +23,8 @@ ALONE, TIED = "fewer than two answers", "all answers tied"  # reasons of a skip,
 
 class PreferencesConfig(RecordsConfig):
     """Pairs: ``prompt``, ``chosen``, ``rejected`` as texts or messages (TRL's formats). Rankings: ``prompt`` and a list
-    of ``responses`` with their ``ranks`` or ``scores``. Fields may be named otherwise."""
+    of ``responses`` with their ``ranks`` or ``scores``. An answer may be a whole conversation that begins with the
+    prompt. Fields may be named otherwise."""
 
     world_part: ClassVar[str] = "preferences"
     chosen: str = "chosen"
@@ -47,6 +48,8 @@ class PreferencesConfig(RecordsConfig):
             raise InputError(f"data: a ranking has responses and ranks, or responses and scores; give {asked}")
         if self.margin is not None and self.responses is not None:
             raise InputError("data.margin belongs to pairs, and data.responses to rankings; leave one of them out")
+        if self.margin is not None and self.source == "world":
+            raise InputError("data.margin names a field of your own pairs; those of the world have none: leave it out")
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------
@@ -54,20 +57,35 @@ class PreferencesConfig(RecordsConfig):
 
 def pair(config: PreferencesConfig, record: dict, where: str) -> dict[str, list[Message]]:
     """{prompt, chosen, rejected} as messages. Without a prompt field it is what two conversations have in common."""
-    chosen, rejected = (records.look_up(record, field, where) for field in (config.chosen, config.rejected))
-    if config.prompt[0].split(".")[0] not in record and isinstance(chosen, list) and isinstance(rejected, list):
+    said = [records.look_up(record, field, where) for field in (config.chosen, config.rejected)]
+    if config.prompt[0].split(".")[0] not in record and all(isinstance(one, list) for one in said):
+        chosen, rejected = (chats.as_messages(one, "assistant", where) for one in said)
         common = 0
         while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
             common += 1
-        last = max((n for n in range(common) if chosen[n].get("role") != "assistant"), default=-1) + 1
-        prompt, chosen, rejected = chosen[:last], chosen[last:], rejected[last:]
+        last = max((n for n in range(common) if chosen[n]["role"] != "assistant"), default=-1) + 1
+        prompt = chosen[:last]
     else:
-        prompt = chats.prompt_of(config, record, where)
-    return {
-        "prompt": chats.as_messages(prompt, "user", where),
-        "chosen": chats.as_messages(chosen, "assistant", where),
-        "rejected": chats.as_messages(rejected, "assistant", where),
-    }
+        prompt = chats.as_messages(chats.prompt_of(config, record, where), "user", where)
+    chosen, rejected = (answer(one, prompt, where) for one in said)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def answer(said: Any, prompt: list[Message], where: str) -> list[Message]:
+    """An answer as messages, which may stand behind a copy of the prompt: UltraFeedback's have both.
+
+    Raises:
+        InputError: somebody else speaks first.
+    """
+    messages = chats.as_messages(said, "assistant", where)
+    if messages[: len(prompt)] == prompt:
+        messages = messages[len(prompt) :]
+    if prompt and messages and messages[0]["role"] != "assistant":
+        raise InputError(
+            f"{where}: an answer begins with a turn of the {messages[0]['role']}; expected the assistant's, alone or "
+            "behind the messages of the prompt, word for word"
+        )
+    return messages
 
 
 def pairs(config: PreferencesConfig, split: Split) -> list[dict]:
@@ -100,9 +118,10 @@ def ranking(config: PreferencesConfig, record: dict, where: str) -> dict[str, An
         )
     numbers = [_number({field: value}, field, where) for value in values]
     levels = sorted(set(numbers), reverse=config.ranks is None)
+    prompt = chats.as_messages(chats.prompt_of(config, record, where), "user", where)
     return {
-        "prompt": chats.as_messages(chats.prompt_of(config, record, where), "user", where),
-        "answers": [chats.as_messages(response, "assistant", where) for response in responses],
+        "prompt": prompt,
+        "answers": [answer(response, prompt, where) for response in responses],
         "ranks": [levels.index(number) for number in numbers],
     }
 
@@ -152,13 +171,15 @@ class Preferences:
         skipped, self.truncated = Counter[str](), 0
         pattern = chats.markers(tokenizer)
         usable = [r for r in found if not (reason := _unusable(pattern, r, ties)) or _count(skipped, reason)]
-        texts = [text for record in usable for text in _texts(config, tokenizer, record)]
-        ids = iter(chats.ids_of(tokenizer, texts))
+        asked, said = ([record[name] for record in usable] for name in ("prompt", "answers"))
+        ids = chats.ids_of_answers(tokenizer, asked, said, config.template)
         self.records: list[dict] = []
         self.prompts: list[list[int]] = []
         self.answers: list[list[list[int]]] = []
-        for record in usable:
-            prompt, answers = next(ids), [next(ids) for _ in record["answers"]]
+        for record, (prompt, answers) in zip(usable, ids, strict=True):
+            if any(answers[i] == answers[j] for i, j in _decided(record)):
+                skipped[chats.EQUAL] += 1
+                continue
             room = config.max_length - max(map(len, answers))  # one cut for all: they share their prompt
             if len(prompt) > room:
                 cut = (
@@ -208,37 +229,26 @@ def _count(skipped: Counter[str], reason: str) -> bool:
 
 def _unusable(pattern: re.Pattern[str], record: dict, ties: bool) -> str | None:
     """Why a record teaches nothing, or None."""
-    answers, ranks = record["answers"], record["ranks"]
+    answers = record["answers"]
     if any(not messages or messages[-1]["role"] != "assistant" for messages in answers):
         return chats.NOTHING
     if any(not message["content"].strip() for messages in answers for message in messages):
         return chats.EMPTY
     if len(answers) < 2:
         return ALONE
-    both = [(i, j) for i in range(len(answers)) for j in range(i) if ranks[i] != ranks[j]]
-    if any(answers[i] == answers[j] for i, j in both):
-        return chats.EQUAL
-    if not both and not ties:
+    if not record["prompt"]:
+        return chats.UNASKED
+    if not ties and not _decided(record):
         return TIED
     if chats.marked(pattern, [*record["prompt"], *(message for messages in answers for message in messages)]):
         return chats.MARKED
     return None
 
 
-def _texts(config: PreferencesConfig, tokenizer: "PreTrainedTokenizerFast", record: dict) -> list[str]:
-    """[prompt, answer, answer, …] with their special tokens written out."""
-    prompt = chats.prompt_text(tokenizer, record["prompt"], config.template)
-    asked = record["prompt"]
-    return [prompt, *(answer_text(tokenizer, prompt, asked, said, config.template) for said in record["answers"])]
-
-
-def answer_text(
-    tokenizer: "PreTrainedTokenizerFast", prompt: str, asked: list[Message], said: list[Message], template: str
-) -> str:
-    """What follows the rendered ``prompt`` of the messages ``asked`` where ``said`` is answered, with its end token."""
-    if template == "chat":
-        return chats.answer_text(tokenizer, prompt, [*asked, *said])
-    return "".join(text for text, _ in chats.segments(tokenizer, said, "plain")[1:])  # without bos
+def _decided(record: dict) -> list[tuple[int, int]]:
+    """The pairs of answers of which one is better."""
+    ranks = record["ranks"]
+    return [(i, j) for i in range(len(ranks)) for j in range(i) if ranks[i] != ranks[j]]
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch import Tensor
 from fledge.config import data_path
 from fledge.data import chats, world
 from fledge.data import tokenizer as tokenizers
-from fledge.data.chats import LONG, MARKED, TWICE, Overlong, RecordsConfig
+from fledge.data.chats import LONG, MARKED, TWICE, UNASKED, Overlong, RecordsConfig, Segment
 from fledge.data.images import MAX_PIXELS
 from fledge.data.pairs import look_at, lookup
 from fledge.data.pictured import Pictured
@@ -70,9 +70,12 @@ class Prompts:
     ) -> None:
         self.pad_id, skipped, self.truncated = tokenizers.pad_id(tokenizer), Counter[str](), 0
         self.pictures = pictures
-        unique: dict[tuple[str, str], dict] = {}
+        unique: dict[tuple[str, str], tuple[dict, list[Segment]]] = {}
         pattern = chats.markers(tokenizer)
         for record in found:
+            if not record["prompt"]:
+                skipped[UNASKED] += 1
+                continue
             if chats.marked(pattern, record["prompt"]):
                 skipped[MARKED] += 1
                 continue
@@ -82,13 +85,18 @@ class Prompts:
             asked, shown = record["prompt"], ""
             if pictures is not None:
                 asked, shown = pictures.asked(asked), pictures.name(record)
-            words_and_picture = chats.prompt_text(tokenizer, asked, template), shown
+            before = chats.prompt_segments(tokenizer, asked, template)
+            words_and_picture = "".join(text for text, _ in before), shown
             skipped[TWICE] += words_and_picture in unique
-            unique.setdefault(words_and_picture, record)
+            unique.setdefault(words_and_picture, (record, before))
         self.records: list[dict] = []
         self.ids: list[list[int]] = []
-        texts, usable = [words for words, _ in unique], list(unique.values())
-        every = chats.ids_of(tokenizer, texts) if pictures is None else pictures.ids(texts, usable)
+        usable = [record for record, _ in unique.values()]
+        if pictures is None:
+            pieces = chats.ids_of_segments(tokenizer, [before for _, before in unique.values()])
+            every = [chats.joined(some) for some in pieces]
+        else:
+            every = pictures.ids([words for words, _ in unique], usable)
         for record, ids in zip(usable, every, strict=True):
             if len(ids) > max_length and overlong == "drop":
                 skipped[LONG] += 1

@@ -43,13 +43,8 @@ class Judge:
 
     def ids(self, prompt: list[Message], answer: str) -> list[int]:
         """One conversation, through the end token."""
-        said = [*prompt, {"role": "assistant", "content": answer}]
-        before = chats.prompt_text(self.tokens, prompt, self.template)
-        if self.template == "chat":
-            behind = chats.answer_text(self.tokens, before, said)
-        else:
-            behind = answer + str(self.tokens.eos_token)
-        (first, _), (last, _) = chats.ids_of_segments(self.tokens, [[(before, False), (behind, True)]])[0]
+        said = [{"role": "assistant", "content": answer}]
+        [(first, [last])] = chats.ids_of_answers(self.tokens, [prompt], [[said]], self.template)
         room = language.positions(self.model.config) - len(last)
         if len(first) > room:
             first = chats.shorten(first, room, tokenizers.bos_id(self.tokens)) or []

@@ -9,6 +9,7 @@ from fledge.data import chats, preferences, world
 from fledge.data import tokenizer as tokenizers
 from fledge.data.chats import Chats, ChatsConfig
 from fledge.data.preferences import Preferences, PreferencesConfig
+from fledge.data.prompts import PromptsConfig, read_prompts
 from fledge.data.text import IGNORE
 from fledge.data.tokenizer import TokenizerConfig
 from fledge.errors import InputError
@@ -116,6 +117,27 @@ def test_plain_template_has_no_markers(tokenizer, write):
     assert int((data.rows([0])["labels"] >= 0).sum()) == len(expected[2])
 
 
+def test_plain_turns_are_asked_as_they_were_learned(tokenizer, write):
+    talk = turns("two ", "four", "plus ", "six")
+    rows = write([{"messages": talk}])
+    asked = ids(tokenizer, "[BOS]two ") + ids(tokenizer, "four[EOS]") + ids(tokenizer, "plus ")
+    assert asked != ids(tokenizer, "[BOS]two four[EOS]plus ")  # a token would reach over both
+    learned = Chats(ChatsConfig(**rows, template="plain"), tokenizer, "train").tokens.tolist()
+    assert learned == asked + ids(tokenizer, "six[EOS]")
+    assert preferences.prompts(ChatsConfig(**rows, template="plain"), tokenizer, "train").ids == [asked]
+    pair = write([{"prompt": talk[:-1], "chosen": "six", "rejected": "four"}])
+    data = Preferences(PreferencesConfig(**pair, template="plain"), tokenizer, "train")
+    assert data.prompts == [asked] and data.answers[0][0] == ids(tokenizer, "six[EOS]")
+
+
+def test_plain_prompts_are_cut_at_the_left(tokenizer, write):
+    row = {"prompt": "".join(map(str, range(30))), "completion": "four"}
+    config = ChatsConfig(**write([row]), template="plain", max_length=20, overlong="truncate")
+    data = Chats(config, tokenizer, "train")
+    whole = ids(tokenizer, f"[BOS]{row['prompt']}four[EOS]")
+    assert data.truncated == 1 and data.tokens.tolist() == [tokenizer.bos_token_id, *whole[-19:]]
+
+
 def test_padding_is_on_the_right_and_by_length(tokenizer, write):
     data = Chats(ChatsConfig(**write([{"messages": turns("a", "b")}, {"messages": LONG_TALK}])), tokenizer, "train")
     one = data.rows([0])
@@ -165,6 +187,30 @@ def test_overlong_prompts_are_cut_at_the_left(tokenizer, write):
     assert len(data.tokens) == 30 and data.tokens[0] == tokenizer.bos_token_id
     whole = tokenizer.apply_chat_template(turns(rows[0]["prompt"], "four"))["input_ids"]
     assert data.tokens[1:].tolist() == whole[-29:]
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_answers_to_nothing_are_counted(tokenizer, write, template):
+    """Beside one good record of each form."""
+    said = turns("hello", first="assistant")
+    talks = [{"messages": turns("q", "a")}, {"messages": turns("hi", "q", "a", first="assistant")},
+             {"prompt": [], "completion": "a"}]  # fmt: skip
+    config = ChatsConfig(**write(talks), template=template)
+    data = Chats(config, tokenizer, "train")
+    assert len(data) == 1 and data.skipped == {chats.UNASKED: 2}
+    pairs = [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": [], "chosen": "a", "rejected": "b"},
+        {"chosen": turns("q", "a"), "rejected": turns("p", "b")},
+        {"chosen": said, "rejected": turns("ho", first="assistant")},
+    ]
+    held = PreferencesConfig(**write(pairs), template=template)
+    found = Preferences(held, tokenizer, "train")
+    assert len(found) == 1 and found.skipped == {chats.UNASKED: 3}
+    assert preferences.prompts(held, tokenizer, "train").skipped == {chats.UNASKED: 3}
+    asked = [{"prompt": "q"}, {"prompt": []}, {"messages": said}]
+    prompts = read_prompts(PromptsConfig(**write(asked), template=template), tokenizer, "train")
+    assert len(prompts) == 1 and prompts.skipped == {chats.UNASKED: 2}
 
 
 @pytest.mark.parametrize(

@@ -86,3 +86,57 @@ def test_prompts_of_rankings(read, tmp_path, tokens):
     found = read({"prompt": "fox", "said": ["a", "b"], "ranks": [0, 1]}, **RANKED)
     asked = preferences.prompts(found.config, tokens, "train")
     assert [record["prompt"][0]["content"] for record in asked.records] == ["fox"]
+
+
+# ---- whole conversations as answers
+
+
+def turns(*contents):
+    return [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+
+
+SCORED_BY = {"responses": "said", "scores": "scores"}
+SYSTEM = {"role": "system", "content": "quick"}
+
+
+@pytest.mark.parametrize("asked", [["fox"], ["fox", "a", "quick"]], ids=["one turn", "two turns"])
+def test_answers_that_repeat_their_prompt_are_cut_where_trl_cuts_them(read, tokens, asked):
+    """UltraFeedback's layout: a prompt, and two whole conversations that begin with it."""
+    from trl import extract_prompt
+
+    chosen, rejected = turns(*asked, "a fox"), turns(*asked, "brown")
+    theirs = extract_prompt({"chosen": chosen, "rejected": rejected})
+    prompt = asked[0] if len(asked) == 1 else turns(*asked)
+    found = read({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    assert {name: found.records[0][name] for name in theirs} == theirs
+    for said, whole in zip(found.answers[0], (chosen, rejected), strict=True):
+        assert found.prompts[0] + said == tokens.apply_chat_template(whole)["input_ids"]
+    ranked = read({"prompt": prompt, "said": [rejected, chosen, turns("", "a")[1:]], "scores": [1, 3, 2]}, **SCORED_BY)
+    assert ranked.ranks == [[2, 0, 1]] and ranked.prompts == found.prompts
+    assert ranked.answers[0][:2] == found.answers[0][::-1]
+
+
+@pytest.mark.parametrize(
+    ("record", "config"),
+    [
+        ({"prompt": "fox", "chosen": turns("a fox", "a"), "rejected": turns("fox", "b")}, {}),
+        ({"prompt": "fox", "chosen": turns("fox", "a"), "rejected": turns("fox", "b", "", "a")[2:]}, {}),
+        ({"prompt": "fox", "said": ["a", turns("a fox", "b")], "scores": [0, 1]}, SCORED_BY),
+        ({"chosen": [SYSTEM, *turns("fox", "a")], "rejected": [SYSTEM, *turns("a fox", "b")]}, {}),
+    ],
+)
+def test_answers_to_something_else_are_refused_by_their_place(read, record, config):
+    with pytest.raises(InputError, match=r"r.jsonl:1: an answer begins with a turn of the user; expected"):
+        read(record, **config)
+
+
+def test_a_margin_is_not_the_worlds():
+    with pytest.raises(InputError, match=r"data\.margin"):
+        PreferencesConfig(margin="sure").check()
+    PreferencesConfig().check()
+
+
+def test_raw_strings_without_a_prompt_are_refused(read):
+    """HH-RLHF's layout."""
+    with pytest.raises(InputError, match=r"r.jsonl:1: no field 'prompt'; the record has: chosen, rejected"):
+        read({"chosen": "\n\nHuman: fox?\n\nAssistant: a", "rejected": "\n\nHuman: fox?\n\nAssistant: b"})

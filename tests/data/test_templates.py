@@ -1,17 +1,25 @@
 """Chat templates of well-known shapes: ids as the library makes them, answers found by construction, and refusals."""
 
 import copy
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from fledge.data import chats
 from fledge.data import tokenizer as tokenizers
 from fledge.data.chats import ChatsConfig, segments, use_template
+from fledge.data.preferences import Preferences, PreferencesConfig
+from fledge.data.prompts import PromptsConfig, read_prompts
 from fledge.data.tokenizer import TokenizerConfig
 from fledge.errors import InputError
+from fledge.generate import score
+from fledge.models import reward_model
 
 TALK = [
     {"role": "user", "content": "hi there"},
@@ -99,6 +107,104 @@ def test_answers_are_where_the_librarys_masks_have_them(name, tokens, talk):
     assert len(ends) == sum(message["role"] == "assistant" for message in talk)
     prompt = tokens.apply_chat_template(talk[:-1], add_generation_prompt=True)["input_ids"]
     assert ids[: len(prompt)] == prompt and not scored[len(prompt) - 1] and scored[len(prompt)]
+
+
+@pytest.fixture
+def files(tmp_path):
+    def files(*rows: dict) -> dict[str, Any]:
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return {"source": "files", "path": str(tmp_path), "validation_fraction": 0.0, "test_fraction": 0.0}
+
+    return files
+
+
+@pytest.mark.parametrize("talk", [TALK[:2], TALK, SYSTEM], ids=["one turn", "two turns", "system"])
+@pytest.mark.parametrize("name, tokens", list(shapes()), ids=[name for name, _ in shapes()])
+def test_preferences_have_the_librarys_ids_too(name, tokens, talk, files):
+    asked, answers = talk[:-1], [talk[-1]["content"], "what is two?"]
+    said = [[{"role": "assistant", "content": answer}] for answer in answers]
+    config = PreferencesConfig(**files({"prompt": asked, "chosen": said[0], "rejected": said[1]}))
+    if name == "gemma" and talk is SYSTEM:
+        with pytest.raises(InputError, match="roles system, user.*asking 'hi there'"):
+            Preferences(config, tokens, "train")
+        return
+    data = Preferences(config, tokens, "train")
+    assert data.prompts[0] == tokens.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+    for ids, one in zip(data.answers[0], said, strict=True):
+        whole = tokens.apply_chat_template([*asked, *one])["input_ids"]
+        ids = data.prompts[0] + ids
+        assert ids == whole[: len(ids)] and not tokens.decode(whole[len(ids) :]).strip()
+        assert ids[-1] == tokens.eos_token_id
+
+
+@pytest.mark.parametrize("name, tokens", list(shapes()), ids=[name for name, _ in shapes()])
+def test_answers_are_scored_by_the_librarys_ids(name, tokens, monkeypatch):
+    read = []
+
+    def raw_rewards(model, ids, mask):
+        read.extend(row[real.bool()].tolist() for row, real in zip(ids, mask, strict=True))
+        return torch.zeros(len(ids))
+
+    model = SimpleNamespace(config=GPT2Config(), eval=lambda: None)
+    monkeypatch.setattr(reward_model, "read_tokenizer", lambda opened: tokens)
+    monkeypatch.setattr(reward_model, "read", lambda opened: [model])
+    monkeypatch.setattr(reward_model, "raw_rewards", raw_rewards)
+    tokens.pad_token = tokens.pad_token or tokens.eos_token
+    opened: Any = SimpleNamespace(kind="reward-model", preprocessing={"template": "chat"})
+    score(opened, "hi", ["what is it?", "four."])
+    for ids, answer in zip(read, ["what is it?", "four."], strict=True):
+        talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
+        whole = tokens.apply_chat_template(talk)["input_ids"]
+        assert ids == whole[: len(ids)] and ids[-1] == tokens.eos_token_id
+        assert not tokens.decode(whole[len(ids) :]).strip()
+
+
+def test_answers_that_a_template_makes_equal_are_no_preference(files):
+    rows = [{"prompt": "hi", "chosen": "a", "rejected": rejected} for rejected in ("a ", "is")]
+    tokens = of_bytes("</s>", [])
+    tokens.chat_template = ZEPHYR
+    assert len(Preferences(PreferencesConfig(**files(*rows)), tokens, "train")) == 2
+    tokens.chat_template = LLAMA2  # trims
+    data = Preferences(PreferencesConfig(**files(*rows)), tokens, "train")
+    assert len(data) == 1 and data.skipped == {chats.EQUAL: 1}
+
+
+# ---- refusals name the conversation
+
+
+def test_a_template_that_rewrites_earlier_turns_names_the_conversation(files):
+    """One question is fine, so that it passes the trial; the first record of two turns is named."""
+    rewrites = ZEPHYR.replace(
+        "{{ m['content'] + eos_token }}", "{{ m['content'] if loop.last else '' }}{{ eos_token }}"
+    )
+    assert rewrites != ZEPHYR
+    tokens = of_bytes("</s>", [])
+    rows = files({"messages": TALK[:2]}, {"messages": [{"role": "user", "content": "two plus"}, *TALK[1:]]})
+    config = ChatsConfig(**rows, chat_template=rewrites)
+    use_template(config, tokens)
+    with pytest.raises(InputError, match="asking 'two plus'.*changes earlier turns"):
+        chats.Chats(config, tokens, "train")
+
+
+def test_one_system_message_that_a_template_refuses_is_named(files):
+    tokens = dict(shapes())["gemma"]
+    rows = files({"messages": TALK[:2]}, {"messages": [SYSTEM[0], {"role": "user", "content": "me?"}, TALK[1]]})
+    for read in (
+        lambda: chats.Chats(ChatsConfig(**rows), tokens, "train"),
+        lambda: read_prompts(PromptsConfig(**rows), tokens, "train"),
+    ):
+        with pytest.raises(InputError, match=r"roles system, user.*\(asking 'me\?'\)"):
+            read()
+
+
+def test_an_end_token_that_closes_no_turn_is_refused_until_it_does():
+    """Gemma's own tokenizer ends a text with <eos>, and its template a turn with <end_of_turn>."""
+    tokens = dict(shapes())["gemma"]
+    tokens.add_special_tokens({"eos_token": "<eos>"})
+    with pytest.raises(InputError, match="does not close an answer with the tokenizer's end token"):
+        use_template(ChatsConfig(), tokens)
+    tokens.eos_token = "<end_of_turn>"
+    use_template(ChatsConfig(), tokens)
 
 
 # ---- templates of one's own
