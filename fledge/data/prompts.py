@@ -98,6 +98,9 @@ class Prompts:
         else:
             every = pictures.ids([words for words, _ in unique], usable)
         for record, ids in zip(usable, every, strict=True):
+            if not ids:  # an empty text, without a token that begins one
+                skipped[UNASKED] += 1
+                continue
             if len(ids) > max_length and overlong == "drop":
                 skipped[LONG] += 1
                 continue

@@ -1,3 +1,4 @@
+import copy
 import json
 import pickle
 import random
@@ -211,6 +212,15 @@ def test_answers_to_nothing_are_counted(tokenizer, write, template):
     asked = [{"prompt": "q"}, {"prompt": []}, {"messages": said}]
     prompts = read_prompts(PromptsConfig(**write(asked), template=template), tokenizer, "train")
     assert len(prompts) == 1 and prompts.skipped == {chats.UNASKED: 2}
+
+
+def test_a_prompt_without_tokens_is_counted(tokenizer, write):
+    """An empty text, where no token begins one."""
+    bare = copy.deepcopy(tokenizer)
+    bare.bos_token = None
+    config = PromptsConfig(**write([{"prompt": ""}, {"prompt": "q"}]), template="plain")
+    prompts = read_prompts(config, bare, "train")
+    assert len(prompts) == 1 and prompts.skipped == {chats.UNASKED: 1}
 
 
 @pytest.mark.parametrize(
