@@ -264,7 +264,7 @@ def callable_of(name: str, key: str) -> Reward:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        found: Any = getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
     except Exception as error:  # whatever the user's module raises while it is read
         raise InputError(
             f"{key}: {name} cannot be imported ({_said(error)}{_line(error)}); give module:function of Python that is "
@@ -272,7 +272,7 @@ def callable_of(name: str, key: str) -> Reward:
         ) from error
     if not callable(found):
         raise InputError(f"{key}: {name} is {type(found).__name__}, not a function")
-    return found
+    return found  # type: ignore[return-value]  # what it takes and gives is seen when it is called
 
 
 def _line(error: Exception) -> str:
