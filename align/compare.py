@@ -14,24 +14,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import nn
 
 from align import scorers
 from align.judge import Questions, world_gold
-from align.rollout import decode
+from align.rollout import decode, inputs_of
 from align.scorers import FunctionScorer, Scorer, callable_of
 from fledge import artifact, distributed
 from fledge import config as configs
 from fledge.artifact import Artifact
+from fledge.data.pictured import Pictured
 from fledge.data.prompts import Prompts, PromptsConfig, prompt_records
 from fledge.data.records import RECORD_SUFFIXES, Split
 from fledge.errors import InputError, RunError
 from fledge.evals.preference import by_length, mean_difference, win_rate
-from fledge.models import language
+from fledge.models import language, reward_model
 from fledge.stream import Batch
 
 Pairwise = Callable[[list[dict], list[str], list[str]], Sequence[float]]
 ROWS = 128  # that are answered together
+LOGITS = 2**26
+"""The most numbers in a tensor of logits of the exact KL: 256 MB in fp32, and some seven such at once. An answer is not
+cut: one that is longer by itself is read alone."""
 
 
 class Side(NamedTuple):
@@ -72,23 +77,24 @@ def compare(
     Args:
         a, b: artifacts; the win rate is that of b over a.
         judge: ``module:function`` of either form; None and no `reward`: the Unicode database, for the world.
-        reward: a reward-model's artifact, as the judge.
+        reward: a reward-model's artifact or an ensemble's, as the judge; it reads texts, in its own template.
         data: ``world``, records (.jsonl, .parquet or a folder of them), all of which are asked; or a YAML with the data
             section of a PPO stage, or that section itself, of which `split` is asked.
         prompts: how many at most.
 
     Returns:
         Plain JSON: what was compared and how; ``win``, ``score``, ``length``, ``kl`` of b to a (None where they read
-        other tokens); ``rows``, a dict a prompt, those with different answers first.
+        other tokens or pixels); ``rows``, a dict a prompt, those with different answers first.
 
     Raises:
-        InputError: no such artifact, data or judge, nobody to judge, or no prompt that both can be asked.
+        InputError: no such artifact, data or judge, nobody to judge, no prompt that both can be asked, or pictures for
+            what reads text alone.
         RunError: the judge raises, or says something other than one finite number a prompt.
     """
     distributed.setup()
     opened = [artifact.open(path, "chat-model") for path in (a, b)]
     config, split = data_of(data, split)
-    referee = referee_of(judge, reward, config, opened)
+    referee = referee_of(judge, reward, config)
     asking = {"most": prompts, "seed": seed, "max_new_tokens": max_new_tokens, "greedy": greedy}
     sides = sides_of(opened, config, split, {**asking, "temperature": temperature, "precision": "fp32", "rows": ROWS})
     records = sides[0].questions.records()
@@ -111,7 +117,7 @@ def compare(
         "consistent": verdict.consistent,
         "score": mean_difference(*verdict.scores, clusters) if verdict.scores else None,
         "length": by_length(verdict.preference, lengths[0], lengths[1], clusters),
-        "kl": kl_of(sides, batches[1]),
+        "kl": kl_of(sides, batches),
         "rows": rows(records, texts, verdict),
     }
 
@@ -133,18 +139,19 @@ def data_of(data: str, split: Split) -> tuple[PromptsConfig, Split]:
 
 def sides_of(opened: list[Artifact], config: PromptsConfig, split: Split, asking: dict) -> list[Side]:
     """Both models with the prompts that both can be asked, in one order, each in its own template and tokens."""
+    found = prompt_records(config, split)
+    pictures = [pictures_of(one, config, found) for one in opened]
     models = [language.read(one).eval().to(distributed.device()) for one in opened]
     tokenizers = [language.read_tokenizer(one) for one in opened]
     rooms = [language.positions(m.config) - asking["max_new_tokens"] for m in models]
     if min(rooms) < 2:
         small = opened[rooms.index(min(rooms))].path
         raise InputError(f"max_new_tokens {asking['max_new_tokens']} leaves no room for a prompt in {small}; lower it")
-    found = prompt_records(config, split)
 
     def read(side: int, records: list[dict]) -> Prompts:
         form = {"template": opened[side].preprocessing.get("template", config.template), "overlong": config.overlong}
         length = min(config.max_length, rooms[side])
-        return Prompts(records, tokenizers[side], split=split, max_length=length, **form)
+        return Prompts(records, tokenizers[side], split=split, max_length=length, pictures=pictures[side], **form)
 
     known = [{id(record) for record in read(side, found).records} for side in (0, 1)]
     common = [record for record in found if all(id(record) in ids for ids in known)]
@@ -155,12 +162,26 @@ def sides_of(opened: list[Artifact], config: PromptsConfig, split: Split, asking
     ]
 
 
+def pictures_of(one: Artifact, config: PromptsConfig, records: list[dict]) -> Pictured | None:
+    """What prompts show a model beside their words, by the model's own processor; None: there are no pictures.
+
+    Raises:
+        InputError: there are pictures, and the model has no processor.
+    """
+    if config.image is None:
+        return None
+    processor = language.read_processor(one.path)
+    if processor is None:
+        raise InputError(f"data.image is {config.image}, but {one.path} has no processor: it reads text alone")
+    return Pictured(processor, config.image, config.folder(), records)
+
+
 # ------------------------------------------------------------------------------------------------------------ judges
 
 Referee = Callable[[list[dict], list[list[str]], list[Batch]], Verdict]
 
 
-def referee_of(judge: str | None, reward: str | Path | None, config: PromptsConfig, opened: list[Artifact]) -> Referee:
+def referee_of(judge: str | None, reward: str | Path | None, config: PromptsConfig) -> Referee:
     """Who judges: a function, a reward model, or the Unicode database, which knows the world."""
     if judge is not None and reward is not None:
         raise InputError("--judge and --reward: one of them judges; give one")
@@ -170,10 +191,13 @@ def referee_of(judge: str | None, reward: str | Path | None, config: PromptsConf
             return lambda records, texts, batches: compared(function, judge, records, *texts)
         return scored(FunctionScorer(function, judge), judge)
     if reward is not None:
-        model = artifact.open(reward, ("reward-model", "reward-ensemble"))
-        for one in opened:
-            artifact.same_tokenizer(one, model)
-        return scored(scorers.build(None, None, None, {"reward": model}, "fp32", ROWS), str(reward))
+        model = artifact.open(reward, reward_model.KINDS)
+        if config.image is not None:
+            raise InputError(
+                f"data.image is {config.image}, but the reward model {reward} reads text alone; give --judge "
+                "module:function, which sees the records"
+            )
+        return scored(scorers.of_texts(model, "fp32"), str(reward))
     if config.source == "world":
         return scored(FunctionScorer(world_gold, "world.gold"), "world.gold")
     raise InputError("nobody judges: give --judge module:function or --reward ARTIFACT (the world judges itself)")
@@ -239,16 +263,32 @@ def preferences(said: Any, name: str, n: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------ result
 
 
-def kl_of(sides: list[Side], answers: Batch) -> float | None:
-    """KL(b || a) in nats an answer, on b's answers; None where the two read other tokens."""
+def kl_of(sides: list[Side], batches: list[Batch]) -> float | None:
+    """KL(b || a) in nats an answer, on b's answers; None where the two do not read the same."""
+    a, b = sides
+    if not alike(sides, batches):
+        return None
+    longest = int(batches[1]["response_mask"].sum(dim=1).max())
+    rows = max(1, LOGITS // (longest * vocabulary(b.model)))
+    return float(np.mean(b.questions._replace(rows=min(ROWS, rows)).kl(b.model, a.model, batches[1])))
+
+
+def alike(sides: list[Side], batches: list[Batch]) -> bool:
+    """Do both read prompts as the same ids of one vocabulary, and pictures as the same pixels?"""
     a, b = sides
     try:
         artifact.same_tokenizer(a.artifact, b.artifact)
     except InputError:
-        return None
-    if a.questions.prompts.ids != b.questions.prompts.ids:  # another template
-        return None
-    return b.questions.kl(b.model, a.model, answers)
+        return False
+    if vocabulary(a.model) != vocabulary(b.model) or a.questions.prompts.ids != b.questions.prompts.ids:
+        return False
+    first, second = (inputs_of(batch) for batch in batches)
+    return first.keys() == second.keys() and all(torch.equal(x, second[name]) for name, x in first.items())
+
+
+def vocabulary(model: Any) -> int:
+    """How many logits it has a token."""
+    return model.config.get_text_config().vocab_size
 
 
 def about(opened: Artifact) -> dict[str, Any]:

@@ -136,8 +136,12 @@ class Moments(NamedTuple):
 
     @property
     def std(self) -> float:
-        """sqrt(M2 / n + 1e-8): that of all numbers, over n, as `whiten` has it."""
-        return math.sqrt(self.m2 / max(self.count, 1) + 1e-8)
+        """sqrt(M2 / n + 1e-8): that of all numbers, over n, as `whiten` has it; 1 while all of them are equal.
+
+        Equal numbers have no scale: over 1e-4 a score of 1 would become 10,000, and under trlx, which divides by the
+        plain deviation, inf. scikit-learn's StandardScaler takes 1 in place of 0, too (`_handle_zeros_in_scale`).
+        """
+        return math.sqrt(self.m2 / self.count + 1e-8) if self.m2 > 0 else 1.0
 
 
 def normalise_scores(scores: Tensor, moments: Moments, norm: ScoreNorm | None, clip: float | None) -> Tensor:

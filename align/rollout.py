@@ -42,7 +42,7 @@ class Generator(Protocol):
             inputs: what the prompts bring beside ids, (B, …) each, by the name of the model's argument; may be empty.
 
         The mask is 1 from the first token through the end-of-sequence inclusive, at least once, and 0 after it; an
-        answer without an end-of-sequence has T tokens. What stands under the mask does not matter.
+        answer without an end-of-sequence has T tokens. Under the mask any id may stand.
         """
         ...
 
@@ -124,14 +124,31 @@ def joined(prompts: list[list[int]], said: tuple[Tensor, Tensor], pad_id: int, w
     }
 
 
-def check_answers(said: tuple[Tensor, Tensor], shape: tuple[int, int], eos_id: int | None, name: str) -> None:
-    """Raise RunError where what a generator said is not what it owes (see ``Generator``)."""
+def check_answers(
+    said: tuple[Tensor, Tensor], shape: tuple[int, int], eos_id: int | None, vocabulary: int, name: str
+) -> None:
+    """Raise RunError where what a generator said is not what it owes (see ``Generator``).
+
+    Args:
+        vocabulary: how many ids the policy can read.
+    """
+    if not (isinstance(said, tuple | list) and len(said) == 2 and all(isinstance(x, Tensor) for x in said)):
+        raise RunError(f"{name} gave {type(said).__name__}; it owes two tensors: ids and a response mask")
     ids, mask = said
     if (*ids.shape,) != shape or (*mask.shape,) != shape:
         raise RunError(f"{name} gave ids {[*ids.shape]} and a mask {[*mask.shape]}; it owes (rows, T) = {list(shape)}")
+    for what, x in (("ids", ids), ("a mask", mask)):
+        if x.dtype != torch.int64 or x.device.type != "cpu":
+            raise RunError(f"{name} gave {what} of {x.dtype} on {x.device}; it owes torch.int64 on the cpu")
+    strange = ids[(ids < 0) | (ids >= vocabulary)]
+    if len(strange):
+        raise RunError(
+            f"{name} gave the id {strange[0].item()}; the policy reads 0 to {vocabulary - 1}. Behind the end of an "
+            "answer, too: put its padding token there"
+        )
     lengths = mask.sum(dim=1, keepdim=True)  # (B, 1)
     place = torch.arange(shape[1])
-    if (lengths < 1).any() or not torch.equal(mask.bool(), place < lengths):
+    if (lengths < 1).any() or not torch.equal(mask, (place < lengths).long()):
         raise RunError(f"{name} gave a response mask that is not a run of 1s from the first token on")
     ends = mask.bool() & (ids == (-1 if eos_id is None else eos_id))
     if (ends & (place < lengths - 1)).any():
@@ -183,7 +200,7 @@ class Rows(NamedTuple):
 
 
 def closed_up(batch: Batch, mask: Tensor) -> Rows:
-    """The rows of a batch; ``mask`` (B, T) says which response positions are asked for."""
+    """The rows of a batch; ``mask`` (B, T) says which response positions are asked for. Every prompt has a token."""
     T = mask.shape[1]
     ids, attention = batch["input_ids"], batch["attention_mask"]
     P = ids.shape[1] - T

@@ -159,7 +159,8 @@ class Rollouts:
         said = self.generate(prompts, seeds[mine], self.prompts.inputs(chosen[mine]))
         if self.config.generator is not None:
             shape = (len(prompts), self.config.max_new_tokens)
-            check_answers(said, shape, self.tokenizer.eos_token_id, self.config.generator)
+            vocabulary = self.objective.policy.config.get_text_config().vocab_size
+            check_answers(said, shape, self.tokenizer.eos_token_id, vocabulary, self.config.generator)
         return joined(prompts, said, self.tokenizer.pad_token_id or 0, width)
 
     def evaluate(self, batch: Batch, iteration: int, mine: slice) -> Batch:

@@ -6,6 +6,7 @@ B answers, M members of an ensemble.
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -70,14 +71,36 @@ def check(reward: str | None, parts: Sequence[Part] | None) -> None:
 
 class Scorer:
     """What scores finished responses; ``batch`` holds input_ids, attention_mask and response_mask, and the prompts'
-    ``inputs.NAME``."""
+    ``inputs.NAME``. A scorer brings ``_figures``; what it gives is checked here, whatever it is."""
+
+    name: str
+    """In messages."""
 
     def __call__(self, records: list[dict], texts: list[str], batch: Batch) -> Tensor:
         """(B,)"""
         return self.figures(records, texts, batch)["score"]
 
     def figures(self, records: list[dict], texts: list[str], batch: Batch) -> dict[str, Tensor]:
-        """The ``score``, and what else is worth logging beside it; (B,) each, on the CPU."""
+        """The ``score``, and what else is worth logging beside it; (B,) each, on the CPU.
+
+        Raises:
+            RunError: the scores are not one finite number for each response. One NaN would make all advantages NaN,
+                and under ``rollout.score_norm`` those of every later iteration.
+        """
+        found = self._figures(records, texts, batch)
+        scores = found["score"]
+        if scores.shape != (len(texts),):
+            raise RunError(
+                f"the reward {self.name} gave scores of shape {tuple(scores.shape)} for {len(texts)} responses; give "
+                "one number for each"
+            )
+        if not scores.isfinite().all():
+            row = int((~scores.isfinite()).nonzero()[0])
+            raise RunError(f"the reward {self.name} is {scores[row].item()} for the response {texts[row]!r}")
+        return found
+
+    def _figures(self, records: list[dict], texts: list[str], batch: Batch) -> dict[str, Tensor]:
+        """As ``figures``, unchecked."""
         raise NotImplementedError
 
 
@@ -87,27 +110,18 @@ class FunctionScorer(Scorer):
     def __init__(self, function: Reward, name: str) -> None:
         self.function, self.name = function, name
 
-    def figures(self, records: list[dict], texts: list[str], batch: Batch) -> dict[str, Tensor]:
+    def _figures(self, records: list[dict], texts: list[str], batch: Batch) -> dict[str, Tensor]:
         try:
             given = self.function(records, texts)
         except Exception as error:  # whatever a user's code raises
             raise RunError(f"the reward {self.name} raised {_said(error)} {self._where(records, texts)}") from error
         try:
-            scores = torch.as_tensor(given).detach().to("cpu", torch.float32)
+            return {"score": torch.as_tensor(given).detach().to("cpu", torch.float32)}
         except (TypeError, ValueError, RuntimeError) as error:
             raise RunError(
                 f"the reward {self.name} gave {type(given).__name__} ({_said(error)}); give a list of numbers, one for "
                 "each response"
             ) from error
-        if scores.shape != (len(texts),):
-            raise RunError(
-                f"the reward {self.name} gave scores of shape {tuple(scores.shape)} for {len(texts)} responses; give "
-                "one number for each"
-            )
-        if not scores.isfinite().all():
-            row = int((~scores.isfinite()).nonzero()[0])
-            raise RunError(f"the reward {self.name} is {scores[row].item()} for the response {texts[row]!r}")
-        return {"score": scores}
 
     def _where(self, records: list[dict], texts: list[str]) -> str:
         """The first row that raises when it is scored alone."""
@@ -133,10 +147,10 @@ class ModelScorer(Scorer):
 
     def __init__(self, model: Any, precision: str, micro_batch: int | None) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.value = ValueModel(model.base_model, model.score)
+        self.value, self.name = ValueModel(model.base_model, model.score), f"model {model.name_or_path}".rstrip()
         self.precision, self.micro_batch = precision, micro_batch
 
-    def figures(self, records: list[dict], texts: list[str], batch: Batch) -> dict[str, Tensor]:
+    def _figures(self, records: list[dict], texts: list[str], batch: Batch) -> dict[str, Tensor]:
         def last(piece: Batch) -> Tensor:
             rows, end = closed_up(piece, piece["response_mask"]), piece["attention_mask"].sum(dim=1, keepdim=True) - 1
             return self.value(**rows.inputs).gather(1, end).squeeze(1)
@@ -149,19 +163,21 @@ class TextScorer(Scorer):
     """A reward model that reads prompts and answers as texts: its tokenizer may be another."""
 
     def __init__(self, reward: Artifact, precision: str) -> None:
-        self.judge = Judge(reward, precision)
+        self.judge, self.name = Judge(reward, precision), f"model {reward.path}"
 
-    def figures(self, records: list[dict], texts: list[str], batch: Batch) -> dict[str, Tensor]:
+    def _figures(self, records: list[dict], texts: list[str], batch: Batch) -> dict[str, Tensor]:
         return {"score": self.judge([record["prompt"] for record in records], texts)}
 
 
 class EnsembleScorer(Scorer):
     """Several calibrated reward models as one, with the deviation of their scores as ``disagreement``."""
 
+    name = "ensemble"
+
     def __init__(self, members: Sequence[Scorer], config: Ensemble) -> None:
         self.members, self.config = members, config
 
-    def figures(self, records: list[dict], texts: list[str], batch: Batch) -> dict[str, Tensor]:
+    def _figures(self, records: list[dict], texts: list[str], batch: Batch) -> dict[str, Tensor]:
         scores = torch.stack([member(records, texts, batch) for member in self.members])  # (M, B)
         variance, mean = torch.var_mean(scores, dim=0, correction=0)
         score = {
@@ -175,10 +191,12 @@ class EnsembleScorer(Scorer):
 class WeightedSum(Scorer):
     """Σ weight · score of named parts, each of which is a figure of its own: ``reward_NAME``, before its weight."""
 
+    name = "weighted sum"
+
     def __init__(self, parts: Mapping[str, tuple[Scorer, float]]) -> None:
         self.parts = parts
 
-    def figures(self, records: list[dict], texts: list[str], batch: Batch) -> dict[str, Tensor]:
+    def _figures(self, records: list[dict], texts: list[str], batch: Batch) -> dict[str, Tensor]:
         found = {}
         for name, (scorer, _) in self.parts.items():
             figures = scorer.figures(records, texts, batch)
@@ -225,24 +243,39 @@ def build(
     return of_model("reward")
 
 
+def of_texts(reward: Artifact, precision: str) -> Scorer:
+    """A reward model, or an ensemble's mean, that judges answers of any model, whatever its tokens and template."""
+    members = [TextScorer(member, precision) for member in reward_model.members(reward)]
+    return members[0] if len(members) == 1 else EnsembleScorer(members, Ensemble())
+
+
 def callable_of(name: str, key: str) -> Reward:
     """The function that ``module:function`` names, found from where the command was started too.
 
+    That folder stays on ``sys.path``, behind everything else: the function may import from it when it is called.
+
     Raises:
-        InputError: there is no such module or function.
+        InputError: there is no such module or function, or the module raises while it is read.
     """
     module, colon, function = name.partition(":")
     if not colon or not module or not function:
         raise InputError(f"{key}: {name!r} should be module:function, such as my_rewards:short_answers")
-    path, sys.path = sys.path, [*sys.path, os.getcwd()]
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the user's module raises while it is read
         raise InputError(
-            f"{key}: {name} cannot be imported ({error}); give module:function of Python that is there"
+            f"{key}: {name} cannot be imported ({_said(error)}{_line(error)}); give module:function of Python that is "
+            "there"
         ) from error
-    finally:
-        sys.path = path
     if not callable(found):
         raise InputError(f"{key}: {name} is {type(found).__name__}, not a function")
-    return found
+    return found  # type: ignore[return-value]  # what it takes and gives is seen when it is called
+
+
+def _line(error: Exception) -> str:
+    """The last line of the user's own Python that an import came through, if any."""
+    ours = (__file__, importlib.__file__, "<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_external>")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in ours]
+    return f", {frames[-1].filename}:{frames[-1].lineno}" if frames else ""

@@ -10,7 +10,7 @@ from fledge.data.pairs import look_at, lookup
 from fledge.errors import InputError
 from fledge.stream import Batch
 
-NONE = "no picture"  # a reason of a skip
+NONE, NOBODY = "no picture", "no message of the user to show a picture with"  # reasons of a skip
 ROWS = 64
 """Pictures that are decoded together."""
 
@@ -46,6 +46,8 @@ class Pictured:
 
     def fault(self, record: dict) -> str | None:
         """Why this prompt cannot be asked, or None."""
+        if all(message["role"] != "user" for message in record["prompt"]):
+            return NOBODY
         return self.faults.get(self.name(record), NONE)
 
     def asked(self, messages: list[Message]) -> list[Message]:

@@ -157,6 +157,16 @@ def test_two_ranks_see_what_one_does(home, forks, tmp_path, monkeypatch):
         torch.testing.assert_close(two.tensors()[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+def test_a_prompt_without_a_message_of_the_user_is_left_out_and_counted(home, tmp_path):
+    lines = (home / "prompts.jsonl").read_text().splitlines()[:3]
+    nobody = {"messages": [{"role": "system", "content": "say"}], "picture": "shown/0.png"}
+    path = tmp_path / "more.jsonl"
+    path.write_text("\n".join([*lines, json.dumps(nobody)]))
+    (tmp_path / "shown").symlink_to(home / "shown")
+    found = prompts_of(home, language.read_processor(home / "chat"), path=str(path), test_fraction=0.0)
+    assert len(found) == 3 and found.skipped == {"no message of the user to show a picture with": 1}
+
+
 def test_another_picture_is_other_data(home, tmp_path):
     config = PromptsConfig.model_validate(settings(home).data.model_dump())
     before = config.fingerprint()
