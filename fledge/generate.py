@@ -131,19 +131,26 @@ def score(opened: Artifact, prompt: str, answers: Sequence[str]) -> str:
     """A table of the answers, the best first: calibrated and raw rewards, or an ensemble's mean and disagreement."""
     import torch
 
-    from fledge.data import chats, preferences
+    from fledge.data import chats, preferences, tokenizer
     from fledge.models import reward_model
 
     if not answers or not all(answer.strip() for answer in answers):
         raise InputError(f"{opened.path} is a {opened.kind}: it scores answers; give --answer TEXT, once for each")
-    tokens, models = reward_model.read_tokenizer(opened), reward_model.read(opened)
-    template, asked = opened.preprocessing["template"], [{"role": "user", "content": prompt}]
+    tokens = reward_model.read_tokenizer(opened)
+    for text in (prompt, *answers):
+        if found := chats.markers(tokens).search(text):
+            raise InputError(
+                f"{found.group()!r} is a special token of {opened.path}: it could end the answer, or forge "
+                "a turn; say it in another way"
+            )
+    models, template = reward_model.read(opened), reward_model.template(opened.preprocessing, tokens)
+    asked = [{"role": "user", "content": prompt}]
     before = chats.prompt_text(tokens, asked, template)
     said = [[{"role": "assistant", "content": answer}] for answer in answers]
     texts = [before, *(preferences.answer_text(tokens, before, asked, one, template) for one in said)]
     first, *ids = chats.ids_of(tokens, texts)
     room_for(models[0], len(first) + max(map(len, ids)), opened)
-    rows = chats.pad([first + answer for answer in ids], tokens.pad_token_id, "right")
+    rows = chats.pad([first + answer for answer in ids], tokenizer.pad_id(tokens), "right")
     with torch.no_grad():
         raw = torch.stack([reward_model.raw_rewards(model.eval(), *rows) for model in models])  # (M, N)
     calibrated = torch.stack([reward_model.calibrated(m, x) for m, x in zip(models, raw, strict=True)])
