@@ -205,7 +205,7 @@ def check_padding(parent: artifact.Artifact, tokens: Any) -> None:
         return
     raise InputError(
         f"the tokenizer of {parent.path} {why}; import the language model with a padding token of its own: fledge "
-        f"import {parent.kind} SOURCE DIR --pad-token TOKEN, where TOKEN is one that stands in no text"
+        "import KIND SOURCE DIR --pad-token TOKEN, where TOKEN is one that stands in no text"
     )
 
 

@@ -202,8 +202,9 @@ def _transformers(kind: str, folder: Path, pad_token: str | None) -> dict[str, A
     tokens = _tokenizer(kind, folder)
     processor = language.read_processor(folder) if auto == "AutoModelForImageTextToText" else None
     if pad_token is not None:
-        for reader in (tokens, *([processor.tokenizer] if processor else [])):
-            _pad_with(pad_token, model, reader, folder)
+        if processor is not None:
+            raise InputError(f"--pad-token is of models that read text alone; {folder} sees, and its processor pads")
+        _pad_with(pad_token, model, tokens, folder)
     _check_language(kind, model, tokens, folder)
     return {
         "save": lambda to: language.save(model, processor or tokens, to),

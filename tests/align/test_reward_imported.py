@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from align import ensemble, reward
-from fledge import artifact
+from fledge import artifact, cli
 from fledge.data import tokenizer
 from fledge.errors import InputError
 from fledge.evals.reward import Judge
@@ -82,7 +82,7 @@ def test_a_byte_that_no_text_holds_pads_for_gpt2(tmp_path):
     tokens = gpt2_tokens()
     source = saved(tmp_path / "gpt2", tokens)
     bare = bring_in("causal-lm", source, tmp_path / "bare")
-    with pytest.raises(InputError, match="has no padding token.*import causal-lm SOURCE DIR --pad-token TOKEN"):
+    with pytest.raises(InputError, match="has no padding token.*import KIND SOURCE DIR --pad-token TOKEN"):
         reward.main(config(tmp_path, bare.path))
 
     padded = bring_in("causal-lm", source, tmp_path / "padded", pad_token="ÿ")
@@ -111,7 +111,8 @@ def test_a_tokenizer_that_pads_with_its_end(tmp_path):
     same = bring_in("causal-lm", source, tmp_path / "same")
     with pytest.raises(InputError, match="pads with its end token.*--pad-token TOKEN"):
         reward.main(config(tmp_path, same.path))
-    own = bring_in("causal-lm", source, tmp_path / "own", pad_token="ÿ")
+    assert cli.main(["import", "causal-lm", source, str(tmp_path / "own"), "--pad-token", "ÿ"]) == 0
+    own = artifact.open(tmp_path / "own", "causal-lm")
     assert language.read_tokenizer(own).pad_token == "ÿ"
     described = json.loads((own.path / "config.json").read_text())
     assert described["pad_token_id"] == language.read_tokenizer(own).pad_token_id
