@@ -20,7 +20,6 @@ from fledge import artifact, distributed
 from fledge.artifact import Artifact
 from fledge.config import Config as BaseConfig
 from fledge.config import StageConfig, hardware, parent
-from fledge.data import tokenizer
 from fledge.data.preferences import Preferences, PreferencesConfig
 from fledge.errors import InputError
 from fledge.evals.ranking import decided, disagreement, right
@@ -105,7 +104,10 @@ def main(config: Config) -> Artifact:
             save,
             scores,
             architecture={"name": type(first).__name__, "members": len(members)},
-            preprocessing={"tokenizer": tokenizer.digest(tokens), "template": config.data.template},
+            preprocessing={
+                "tokenizer": parents["member_1"].preprocessing.get("tokenizer"),
+                "template": config.data.template,
+            },
             data={"fingerprint": config.data.fingerprint()},
             step=0,
             **figures,
