@@ -186,7 +186,7 @@ class RewardModel(nn.Module):
         return {
             "loss": loss,
             "centre": centre_loss(given, ranks),
-            "accuracy": ((1 + margins.sign()) / 2).sum(),
+            "accuracy": (margins > 0).to(margins.dtype).sum(),
             "margin": margins.sum(),
         }
 
