@@ -22,7 +22,7 @@ from fledge.config import Config as BaseConfig
 from fledge.config import StageConfig, hardware, parent
 from fledge.data.preferences import Preferences, PreferencesConfig
 from fledge.errors import InputError
-from fledge.evals.ranking import decided, disagreement
+from fledge.evals.ranking import decided, disagreement, right
 from fledge.evals.score import Score
 from fledge.models import language, reward_model
 from fledge.track import Run, TrackConfig
@@ -57,19 +57,27 @@ class Config(StageConfig):
     track: TrackConfig = TrackConfig()
 
 
+def weights(member: Artifact) -> str:
+    """What tells one model from another, whatever their runs are called."""
+    return " ".join(
+        sorted(file["sha256"] for name, file in member.manifest["files"].items() if name.endswith(".safetensors"))
+    )
+
+
 def check(parents: dict[str, Artifact], config: Config) -> None:
     """InputError unless the members read the same tokens of the same template, and are not one model twice."""
     first, *others = parents.values()
     for other in others:
         artifact.same_tokenizer(first, other)
-    twice = [role for role, member in parents.items() if member.digest == first.digest and member is not first]
-    if twice:
-        raise InputError(f"parents.{twice[0]} is the model of parents.member_1 once more; give another one")
+    known: dict[str, str] = {}
     for role, member in parents.items():
-        if member.preprocessing.get("template") != config.data.template:
+        if (earlier := known.setdefault(weights(member), role)) != role:
+            raise InputError(f"parents.{role} is the model of parents.{earlier} once more; give another one")
+        template = reward_model.template(member.preprocessing, language.read_tokenizer(member))
+        if template != config.data.template:
             raise InputError(
-                f"data.template is {config.data.template}, but parents.{role} {member.path} was trained with "
-                f"{member.preprocessing.get('template')}; give the members' own"
+                f"data.template is {config.data.template}, but parents.{role} {member.path} reads {template}; give the "
+                "members' own"
             )
 
 
@@ -96,7 +104,10 @@ def main(config: Config) -> Artifact:
             save,
             scores,
             architecture={"name": type(first).__name__, "members": len(members)},
-            preprocessing={key: parents["member_1"].preprocessing.get(key) for key in ("tokenizer", "template")},
+            preprocessing={
+                "tokenizer": parents["member_1"].preprocessing.get("tokenizer"),
+                "template": config.data.template,
+            },
             data={"fingerprint": config.data.fingerprint()},
             step=0,
             **figures,
@@ -104,7 +115,11 @@ def main(config: Config) -> Artifact:
 
 
 def evaluate(members: dict[str, Any], asked: held_out.Sample, run: Run) -> tuple[list[Score], dict[str, Any]]:
-    """Accuracy of the members' mean beside that of the mean member; and whether they disagree where they are wrong."""
+    """Accuracy of the members' mean beside that of the mean member; and whether they disagree where they are wrong.
+
+    Its probability of a choice is the mean of the members' own, each by its own scale and tie threshold: raw rewards of
+    different members, and thresholds on them, cannot be compared, probabilities can.
+    """
     raw = [asked.rewards(model, "fp32") for model in members.values()]
     given = torch.stack(
         [reward_model.calibrated(m, x) for m, x in zip(members.values(), raw, strict=True)]
@@ -112,8 +127,14 @@ def evaluate(members: dict[str, Any], asked: held_out.Sample, run: Run) -> tuple
     pairs = decided(asked.ranks())
     gaps = np.stack([pairs.difference(x) for x in given])  # (M, P)
     score = held_out.accuracy(asked, given.mean(dim=0), None)
-    score = replace(score, baseline=float((gaps > 0).mean()), baseline_name="the mean member")
-    likely = np.mean([held_out.probability(pairs.difference(x), None) for x in raw], axis=0)  # (P,)
+    score = replace(score, baseline=float(right(gaps).mean()), baseline_name="the mean member")
+    likely = np.mean(
+        [
+            held_out.probability(pairs.difference(x), reward_model.tie_threshold(m))
+            for m, x in zip(members.values(), raw, strict=True)
+        ],
+        axis=0,
+    )  # (P,)
     figures = held_out.figures(asked, given.mean(dim=0), likely)
     figures["disagreement"] = {
         "answers": float(given.std(dim=0, correction=0)[asked.ranks() >= 0].mean()),

@@ -74,9 +74,9 @@ def probability(gap: Any, tie_threshold: float | None) -> np.ndarray:
 
 
 def accuracy(asked: Sample, given: Tensor, before: Tensor | None) -> Score:
-    """Held-out pairs of which the better answer has the higher reward, half of them being chance. (N, K), (N, K)"""
+    """Held-out pairs of which the better answer has the higher reward; of equal rewards one half. (N, K), (N, K)"""
     pairs = ranking.decided(asked.ranks())
-    right, longer = pairs.difference(given) > 0, pairs.difference(asked.lengths())
+    right, longer = ranking.right(pairs.difference(given)), pairs.difference(asked.lengths())
     records = asked.records
     known = all("codepoint" in record for record in records)
     names = [r["codepoint"] if known else "\0".join(m["content"] for m in r["prompt"]) for r in records]
@@ -86,7 +86,7 @@ def accuracy(asked: Sample, given: Tensor, before: Tensor | None) -> Score:
     return Score(
         metric="accuracy on pairs",
         after=float(right.mean()),
-        before=None if before is None else float((pairs.difference(before) > 0).mean()),
+        before=None if before is None else float(ranking.right(pairs.difference(before)).mean()),
         baseline=0.5,
         baseline_name="chance",
         low=low,

@@ -191,6 +191,24 @@ class RewardModel(nn.Module):
         }
 
 
+def check_padding(parent: artifact.Artifact, tokens: Any) -> None:
+    """InputError unless the tokenizer pads with a token of its own.
+
+    fledge reads a reward by position, whatever pads; transformers' own classifiers at the last token whose id is not
+    the padding's (``GenericForSequenceClassification``), and only row by row where there is none.
+    """
+    if tokens.pad_token_id is None:
+        why = "has no padding token, by which transformers would find an answer's last token"
+    elif tokens.pad_token_id == tokens.eos_token_id:
+        why = "pads with its end token, so transformers would read a reward before the answer's end"
+    else:
+        return
+    raise InputError(
+        f"the tokenizer of {parent.path} {why}; import the language model with a padding token of its own: fledge "
+        "import KIND SOURCE DIR --pad-token TOKEN, where TOKEN is one that stands in no text"
+    )
+
+
 def build(
     parent: artifact.Artifact,
     tokens: Any,
@@ -198,11 +216,6 @@ def build(
     head_init: Literal["normal", "zero", "transformers"] = "normal",
 ) -> Any:
     """The parent's trunk under a new head."""
-    if tokens.pad_token_id is None or tokens.pad_token_id == tokens.eos_token_id:
-        raise InputError(
-            f"{parent.path}: the tokenizer's padding token is its end token, so a reward model would never see an "
-            "answer end; give it a padding token of its own"
-        )
     torch.manual_seed(derive("init", seed))
     model = language.read(
         parent, "AutoModelForSequenceClassification", num_labels=1, pad_token_id=tokens.pad_token_id,
@@ -231,8 +244,9 @@ def main(config: Config) -> artifact.Artifact:
     """Train, calibrate, measure held-out answers, and hand the reward model over."""
     distributed.setup(config.train.device)
     parents = artifact.open_parents(config)
+    tokens = language.read_tokenizer(parents["model"])
+    check_padding(parents["model"], tokens)
     with Run.open(config, parents) as run:
-        tokens = language.read_tokenizer(parents["model"])
         ties = config.tie_threshold is not None
         train = Preferences(config.data, tokens, "train", at_least=config.train.batch, ties=ties)
         run.say(train.report())
@@ -263,6 +277,8 @@ def main(config: Config) -> artifact.Artifact:
 
         model = adapters.merged(learner) if config.lora is not None else learner
         calibrate(model, held_out.sample(train, config.evaluation_pairs), config.train.precision)
+        if ties:
+            model.config.reward_tie_threshold = config.tie_threshold
         scores, figures = [], {}
         if test is not None:
             before = build(parents["model"], tokens, config.seed, config.head_init).to(distributed.device())
@@ -283,6 +299,7 @@ def main(config: Config) -> artifact.Artifact:
                 "template": config.data.template,
                 "reward_offset": model.config.reward_offset,
                 "reward_scale": model.config.reward_scale,
+                **({"reward_tie_threshold": config.tie_threshold} if ties else {}),
             },
             data={"fingerprint": config.data.fingerprint(), "pairs": len(train), "skipped": train.skipped},
             step=steps,

@@ -77,6 +77,9 @@ def parser() -> argparse.ArgumentParser:
     bring.add_argument("kind", metavar="KIND", help=KINDS)
     bring.add_argument("source", metavar="SOURCE", help="the folder, or owner/name on the Hugging Face hub")
     bring.add_argument("dir", metavar="DIR", help="the artifact to write")
+    bring.add_argument(
+        "--pad-token", metavar="TOKEN", help="what pads, for a language model without a padding token of its own"
+    )
     bring.set_defaults(work=_import)
 
     export = commands.add_parser("export", help="write an artifact from a checkpoint of a run, unmeasured")
@@ -177,7 +180,7 @@ def _show(args: argparse.Namespace) -> None:
 def _import(args: argparse.Namespace) -> None:
     from fledge.importer import bring_in
 
-    made = bring_in(args.kind, args.source, args.dir)
+    made = bring_in(args.kind, args.source, args.dir, args.pad_token)
     print(f"{made.path}: {made.kind} {made.digest[:12]} from {args.source}")
 
 

@@ -131,17 +131,24 @@ def score(opened: Artifact, prompt: str, answers: Sequence[str]) -> str:
     """A table of the answers, the best first: calibrated and raw rewards, or an ensemble's mean and disagreement."""
     import torch
 
-    from fledge.data import chats
+    from fledge.data import chats, tokenizer
     from fledge.models import reward_model
 
     if not answers or not all(answer.strip() for answer in answers):
         raise InputError(f"{opened.path} is a {opened.kind}: it scores answers; give --answer TEXT, once for each")
-    tokens, models = reward_model.read_tokenizer(opened), reward_model.read(opened)
-    template, asked = opened.preprocessing["template"], [{"role": "user", "content": prompt}]
+    tokens = reward_model.read_tokenizer(opened)
+    for text in (prompt, *answers):
+        if found := chats.markers(tokens).search(text):
+            raise InputError(
+                f"{found.group()!r} is a special token of {opened.path}: it could end the answer, or forge "
+                "a turn; say it in another way"
+            )
+    models, template = reward_model.read(opened), reward_model.template(opened.preprocessing, tokens)
+    asked = [{"role": "user", "content": prompt}]
     said = [[{"role": "assistant", "content": answer}] for answer in answers]
     [(first, ids)] = chats.ids_of_answers(tokens, [asked], [said], template)
     room_for(models[0], len(first) + max(map(len, ids)), opened)
-    rows = chats.pad([first + answer for answer in ids], tokens.pad_token_id, "right")
+    rows = chats.pad([first + answer for answer in ids], tokenizer.pad_id(tokens), "right")
     with torch.no_grad():
         raw = torch.stack([reward_model.raw_rewards(model.eval(), *rows) for model in models])  # (M, N)
     calibrated = torch.stack([reward_model.calibrated(m, x) for m, x in zip(models, raw, strict=True)])

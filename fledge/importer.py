@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from fledge import artifact, config, files
-from fledge.artifact import KINDS, Artifact
+from fledge.artifact import Artifact
 from fledge.errors import InputError
 from fledge.redact import redact
 
 VISION = ("vision-encoder", "image-classifier")
+CONVERSES = ("chat-model", "reward-model")
 AUTO = {
     "text-encoder": "AutoModelForMaskedLM",
     "causal-lm": "AutoModelForCausalLM",
@@ -22,20 +23,33 @@ AUTO = {
     "reward-model": "AutoModelForSequenceClassification",
     "dual-encoder": "VisionTextDualEncoderModel",
 }
+KINDS = (*VISION, *AUTO)
+PADS = ("causal-lm", "chat-model", "reward-model")
+NEVER_IN_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))
+"""Bytes that no text holds: whatever stands for one of them is free."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 UNUSED = ("cls.seq_relationship", "position_ids", "pooler.")  # heads and buffers that a masked LM has no use for
 
 
-def bring_in(kind: str, source: str, folder: str | Path) -> Artifact:
-    """Write the artifact `folder` of `kind` from `source`, a local folder or a name on the hub."""
+def bring_in(kind: str, source: str, folder: str | Path, pad_token: str | None = None) -> Artifact:
+    """Write the artifact `folder` of `kind` from `source`, a local folder or a name on the hub.
+
+    Args:
+        pad_token: what pads from now on, for a language model whose tokenizer has nothing that does, or its end token.
+    """
     if kind not in KINDS:
-        raise InputError(f"{kind!r} is no kind, expected one of {', '.join(KINDS)}{config.nearest(kind, list(KINDS))}")
+        raise InputError(
+            f"{kind!r} is no kind to import, expected one of {', '.join(KINDS)}{config.nearest(kind, list(KINDS))}"
+        )
+    if pad_token is not None and kind not in PADS:
+        raise InputError(f"--pad-token belongs to a {', '.join(PADS[:-1])} or {PADS[-1]}, not to a {kind}")
     origin = _folder(source)
     _only_safetensors(origin)
     digests = {name: files.sha256(origin / name) for name in files.members(origin) if "/" not in name}
-    parts = _timm(kind, origin) if kind in VISION else _transformers(kind, origin)
+    parts = _timm(kind, origin) if kind in VISION else _transformers(kind, origin, pad_token)
     about = {"stage": "import", "name": Path(folder).name, "kind": kind, "source": str(source)}
+    about |= {} if pad_token is None else {"pad_token": pad_token}
     return artifact.write(
         folder, kind=kind, config=config.to_yaml(about), origin={"source": str(source), "files": digests}, **parts
     )
@@ -162,7 +176,7 @@ def _vit_sizes(model: Any, folder: Path) -> Any:
 # ------------------------------------------------------------------------------------------------ transformers
 
 
-def _transformers(kind: str, folder: Path) -> dict[str, Any]:
+def _transformers(kind: str, folder: Path, pad_token: str | None) -> dict[str, Any]:
     import transformers
 
     from fledge.models import language
@@ -186,12 +200,16 @@ def _transformers(kind: str, folder: Path) -> dict[str, Any]:
     if named:
         raise InputError(f"{folder} does not fit {auto}, which a {kind} is read with ({named})")
     tokens = _tokenizer(kind, folder)
-    _check_language(kind, model, tokens, folder)
     processor = language.read_processor(folder) if auto == "AutoModelForImageTextToText" else None
+    if pad_token is not None:
+        if processor is not None:
+            raise InputError(f"--pad-token is of models that read text alone; {folder} sees, and its processor pads")
+        _pad_with(pad_token, model, tokens, folder)
+    _check_language(kind, model, tokens, folder)
     return {
         "save": lambda to: language.save(model, processor or tokens, to),
         "architecture": {"name": type(model).__name__, "parameters": language.size(model)},
-        "preprocessing": _preprocessing(model, tokens),
+        "preprocessing": _preprocessing(kind, model, tokens),
     }
 
 
@@ -216,19 +234,68 @@ def _check_language(kind: str, model: Any, tokens: Any, folder: Path) -> None:
     if kind == "reward-model":
         if model.config.num_labels != 1:
             raise InputError(f"{folder} has {model.config.num_labels} labels, expected 1: a reward is one number")
-        if model.config.pad_token_id is None or model.config.pad_token_id == tokens.eos_token_id:
-            raise InputError(f"{folder}: pad_token_id must be set and differ from the end token for a reward-model")
+        if tokens.eos_token is None:
+            raise InputError(f"the tokenizer of {folder} has no end token, at which a reward-model reads an answer")
+        _check_padding(model.config.get_text_config().pad_token_id, tokens, folder)
     rows = model.get_input_embeddings().weight.shape[0] if kind != "dual-encoder" else len(tokens)
     if len(tokens) > rows:
         raise InputError(f"the tokenizer of {folder} has {len(tokens)} tokens, but the model only {rows}")
 
 
-def _preprocessing(model: Any, tokens: Any) -> dict[str, Any]:
+def _check_padding(pad_id: int | None, tokens: Any, folder: Path) -> None:
+    """transformers finds the token that a reward is read at by its id: the last one that does not pad."""
+    if pad_id is None:
+        raise InputError(
+            f"{folder} has no pad_token_id, by which transformers finds an answer's last token; give --pad-token "
+            f"TOKEN, {_that_pad(tokens)}"
+        )
+    if pad_id == tokens.eos_token_id:
+        raise InputError(
+            f"{folder} pads with its end token: transformers reads its rewards before the end, fledge at it, which is "
+            "not the same model. Where it was trained to be read at the end, say so by --pad-token TOKEN, "
+            f"{_that_pad(tokens)}"
+        )
+
+
+def _pad_with(token: str, model: Any, tokens: Any, folder: Path) -> None:
+    """Let ``token`` pad: one that stands in no text, or a new one where the embedding has a row that is no token's."""
+    known, rows = tokens.get_vocab(), len(model.get_input_embeddings().weight)
+    if token in known:
+        fits, why = token in _free(tokens), "is a piece of texts, or begins or ends them"
+    else:
+        fits, why = max(known.values()) + 1 < rows, "is no token of it, and its embedding has no row left for a new one"
+    if not fits:
+        raise InputError(f"--pad-token: {token!r} does not fit {folder}: it {why}; give {_that_pad(tokens)}")
+    tokens.add_special_tokens({"pad_token": token})
+    model.config.get_text_config().pad_token_id = tokens.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokens.pad_token_id
+
+
+def _free(tokens: Any) -> list[str]:
+    """Tokens of the vocabulary that may pad: special ones that neither begin nor end a text, and bytes of no text."""
     from fledge.data import tokenizer
+
+    special = [tokens.convert_ids_to_tokens(i) for i in tokenizer.special_ids(tokens)]
+    known = tokens.get_vocab()
+    names = [name for byte in reversed(NEVER_IN_UTF8) for name in (f"<0x{byte:02X}>", chr(byte)) if name in known]
+    whole = [name for name in names if tokens.decode([known[name]]) == "\ufffd"]  # else it is that character
+    return [name for name in special if name not in (tokens.bos_token, tokens.eos_token)] + whole
+
+
+def _that_pad(tokens: Any) -> str:
+    some = ", ".join(map(repr, _free(tokens)[:4]))
+    return "a token that stands in no text" + (f", such as {some}" if some else "")
+
+
+def _preprocessing(kind: str, model: Any, tokens: Any) -> dict[str, Any]:
+    from fledge.data import tokenizer
+    from fledge.models import reward_model
 
     sizes = getattr(model.config, "text_config", model.config)
     length = getattr(sizes, "max_position_embeddings", None)
-    return {"tokenizer": tokenizer.digest(tokens)} | ({"max_length": length} if length else {})
+    found = {"tokenizer": tokenizer.digest(tokens)} | ({"max_length": length} if length else {})
+    return found | ({"template": reward_model.template({}, tokens)} if kind in CONVERSES else {})
 
 
 def _words(error: Exception) -> str:

@@ -58,6 +58,11 @@ def figures(rewards: Any, ranks: Any, lengths: Any, probability: Any, margin: An
     return found
 
 
+def right(gap: Any) -> np.ndarray:
+    """Of rewards, the better answer's less the worse's: 1 where the choice is right, one half where they are equal."""
+    return (1 + np.sign(gap)) / 2
+
+
 def by_size(gap: np.ndarray, size: np.ndarray, bins: int = 5) -> list[dict[str, float]]:
     """Accuracy in quantiles of ``size``, (P,) like ``gap``: [{low, high, accuracy, n}, …], the smallest first."""
     edges = np.unique(np.quantile(size, np.linspace(0, 1, bins + 1)))
@@ -66,7 +71,7 @@ def by_size(gap: np.ndarray, size: np.ndarray, bins: int = 5) -> list[dict[str, 
         {
             "low": float(size[place == k].min()),
             "high": float(size[place == k].max()),
-            "accuracy": float((gap[place == k] > 0).mean()),
+            "accuracy": float(right(gap[place == k]).mean()),
             "n": int((place == k).sum()),
         }
         for k in np.unique(place)
@@ -88,9 +93,9 @@ def length_bias(gap: np.ndarray, longer: np.ndarray) -> dict[str, float | int | 
     return {
         "correlation": float((gap * longer).sum() / power) if power else None,
         "longer_is_better": _share(up[differ]),
-        "longer_is_preferred": _share((gap * longer > 0)[differ]),
-        "accuracy_if_longer": _share((gap > 0)[up]),
-        "accuracy_if_shorter": _share((gap > 0)[down]),
+        "longer_is_preferred": _share(right(gap * longer)[differ]),
+        "accuracy_if_longer": _share(right(gap)[up]),
+        "accuracy_if_shorter": _share(right(gap)[down]),
         "n_longer": int(up.sum()),
         "n_shorter": int(down.sum()),
     }
@@ -105,8 +110,8 @@ def ties(gap: np.ndarray, gap_of_ties: np.ndarray) -> dict[str, float | int | No
     return {"n": int(gap_of_ties.size), "agreement": float(np.mean(above) / order.size)}
 
 
-def _share(true: np.ndarray) -> float | None:
-    return float(true.mean()) if true.size else None
+def _share(values: np.ndarray) -> float | None:
+    return float(values.mean()) if values.size else None
 
 
 def disagreement(spread: np.ndarray, right: np.ndarray) -> float | None:

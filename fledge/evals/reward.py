@@ -10,7 +10,7 @@ from fledge.artifact import Artifact
 from fledge.data import chats
 from fledge.data import tokenizer as tokenizers
 from fledge.data.chats import Message
-from fledge.models import language
+from fledge.models import language, reward_model
 from fledge.train import autocast
 
 
@@ -24,7 +24,7 @@ class Judge:
     def __init__(self, reward: Artifact, precision: str = "fp32", rows: int = 64) -> None:
         self.tokens = language.read_tokenizer(reward)
         self.model = language.read(reward, "AutoModelForSequenceClassification").eval().requires_grad_(False)
-        self.template = str(reward.preprocessing.get("template", "chat"))
+        self.template = reward_model.template(reward.preprocessing, self.tokens)
         self.precision, self.rows = precision, rows
         self.offset = float(getattr(self.model.config, "reward_offset", 0.0))
         self.scale = float(getattr(self.model.config, "reward_scale", 1.0))

@@ -5,7 +5,7 @@ config as ``reward_offset`` and ``reward_scale``. B prompts of K answers, N answ
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,16 @@ def calibrated_head(model: Any) -> nn.Linear:
         head.weight.copy_(model.score.weight * scale)
         head.bias.fill_(-offset * scale)
     return head
+
+
+def tie_threshold(model: Any) -> float | None:
+    """The η that it learned ties with (Rao & Kupper 1967), in raw rewards; None: it learned from no ties."""
+    return getattr(model.config, "reward_tie_threshold", None)
+
+
+def template(preprocessing: dict[str, Any], tokens: Any) -> Literal["chat", "plain"]:
+    """How conversations are written for a model: as its manifest says, else in its tokenizer's own template."""
+    return preprocessing.get("template") or ("plain" if tokens.chat_template is None else "chat")
 
 
 def members(artifact: Artifact) -> list[Artifact]:

@@ -284,6 +284,7 @@ def test_rankings_margins_and_plackett_luce_as_a_stage(home):
     assert set(made.metrics["length"]) >= {"correlation", "longer_is_better", "longer_is_preferred"}
     other = reward.main(settings(home, "order", "lists", lists, loss="plackett_luce", head_init="zero"))
     assert other.digest != made.digest
+    assert other.scores[0]["before"] == 0.5 < made.scores[0]["after"]  # a head of zeros knows nothing, which is chance
     sure = reward.main(settings(home, "sure", data={"margin": "sure"}))
     assert sum(b["n"] for b in sure.metrics["annotated_margins"]) == sure.scores[0]["n"]
 

@@ -43,6 +43,18 @@ def test_figures_by_hand():
     assert found["ties"] == {"n": 2, "agreement": pytest.approx((1 / 5 + 1) / 2)}
 
 
+def test_equal_rewards_are_right_by_half():
+    """A coin for each: what a model that knows nothing is worth, whatever is asked of it."""
+    gap, longer = np.array([0.0, 0.0, 2.0, -1.0]), np.array([3, -2, 1, -1])
+    assert ranking.right(gap).tolist() == [0.5, 0.5, 1, 0]
+    assert [(b["accuracy"], b["n"]) for b in ranking.by_size(gap, np.abs(gap), bins=2)] == [(0.5, 2), (0.5, 2)]
+    found = ranking.length_bias(gap, longer)
+    assert (found["accuracy_if_longer"], found["accuracy_if_shorter"]) == (0.75, 0.25)
+    assert found["longer_is_preferred"] == 0.75  # coin, coin, longer, longer
+    blind = ranking.figures(np.zeros((3, 3)), RANKS, LENGTHS, np.full(5, 0.5))
+    assert [b["accuracy"] for b in blind["margins"]] == [0.5] and blind["ece"] == 0
+
+
 def test_length_bias_of_a_model_that_knows_length_alone():
     rng = np.random.default_rng(0)
     longer = rng.integers(-9, 10, size=400)

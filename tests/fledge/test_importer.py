@@ -114,7 +114,8 @@ def test_what_is_refused(foreign, tmp_path, monkeypatch):
     broken = copy(foreign / "clm", tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"nothing")
     for kind, source, says in [
-        ("vision", foreign / "vit", "'vision' is no kind, expected one of vision-encoder"),
+        ("vision", foreign / "vit", "'vision' is no kind to import, expected one of vision-encoder"),
+        ("reward-ensemble", foreign / "clm", "'reward-ensemble' is no kind to import"),
         ("causal-lm", pickled, "holds its weights as pytorch_model.bin: a pickle"),
         ("causal-lm", empty, "has no .safetensors file"),
         ("causal-lm", remote, "needs code of its own"),
