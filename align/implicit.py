@@ -7,7 +7,6 @@ N prompts of K answers each, or B answers.
 import dataclasses
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from align import held_out
@@ -15,6 +14,7 @@ from align.examples import Examples
 from align.held_out import Sample
 from align.rollout import in_pieces, joined, response_logprobs
 from fledge.data import chats
+from fledge.evals import ranking
 from fledge.evals.score import Score, bootstrap
 from fledge.stream import Batch
 
@@ -53,10 +53,11 @@ class Implicit:
         return dataclasses.replace(held_out.accuracy(asked, given, None), metric=METRIC.format("pairs"))
 
     def on_labelled(self, found: Examples) -> Score:
-        """How often the reward is above 0 where the answer is desirable, and below where it is not."""
+        """How often the reward is above 0 where the answer is desirable, and below where it is not; 0 is half right."""
         columns, records = found.columns, found.records
         rewards = self.rewards(columns["prompt_ids"], columns["completion_ids"])
-        right = ((rewards > 0) == torch.tensor(columns["label"])).numpy()
+        signs = 2 * np.array(columns["label"]) - 1
+        right = ranking.right(signs * rewards.numpy())
         names = ["\0".join(m["content"] for m in r["messages"][:-1]) for r in records]
         _, clusters = np.unique(names, return_inverse=True)  # answers to one prompt rise and fall together
         low, high = bootstrap(right, clusters)

@@ -74,7 +74,10 @@ def continue_(opened: Artifact, prompt: str, n: int, temperature: float, top_k: 
 
 
 def is_chat(opened: Artifact, tokens: Any) -> bool:
-    return opened.kind == "chat-model" and tokens.chat_template is not None
+    """Was it taught in a chat template?"""
+    from fledge.models import reward_model
+
+    return opened.kind == "chat-model" and reward_model.template(opened.preprocessing, tokens) == "chat"
 
 
 def prompt_ids(opened: Artifact, tokens: Any, prompt: str) -> list[int]:

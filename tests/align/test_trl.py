@@ -433,6 +433,8 @@ def test_and_with_labels(home):
     ]
     assert score.after == pytest.approx(sum(right) / 25) and 0 < score.after < 1
     assert score.baseline == pytest.approx(max(sum(c["label"]), 25 - sum(c["label"])) / 25)
+    unmoved = trl.agreement(config, tokens)(Implicit(reference, reference, "fp32", 4))
+    assert unmoved.after == 0.5  # a reward of 0 says neither
 
 
 @pytest.mark.parametrize("name", ["grpo", "rloo"])

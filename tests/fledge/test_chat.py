@@ -45,6 +45,25 @@ def home(tmp_path_factory):
     return folder
 
 
+def test_a_model_that_was_taught_without_a_template_is_asked_without_it(home, tmp_path):
+    """What it says is what its words continue, not what its tokenizer's template would ask."""
+    from fledge.data import tokenizer
+    from fledge.models import language
+
+    chatty = artifact.open(home / "artifact")
+    model, tokens = language.read(chatty), language.read_tokenizer(chatty)
+    artifact.write(
+        tmp_path / "told", kind="chat-model", config="stage: finetune.sft\n", architecture={},
+        save=lambda at: language.save(model, tokens, at),
+        preprocessing={"tokenizer": tokenizer.digest(tokens), "template": "plain"},
+    )  # fmt: skip
+    said = generate(tmp_path / "told", "what is", temperature=0, max_new_tokens=8)
+    ids = torch.tensor([[tokens.bos_token_id, *tokens("what is", add_special_tokens=False)["input_ids"]]])
+    new = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)[0, ids.shape[1] :]
+    assert said == "what is" + tokens.decode(new, skip_special_tokens=True)
+    assert said != generate(home / "artifact", "what is", temperature=0, max_new_tokens=8)
+
+
 @pytest.fixture
 def chatter(home):
     return open_chatter(home / "artifact", **SETTINGS)
