@@ -59,7 +59,8 @@ class Job:
 
     def end(self) -> None:
         """SIGKILL whatever is left of every rank, workers too, as a launcher would."""
-        for pid in self.pids:
+        for rank, pid in enumerate(self.pids):
+            self.kill(rank)  # by itself, too: right after the fork it may not yet lead a group
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
         self.wait(timeout=30, check=False)
