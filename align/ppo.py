@@ -298,12 +298,7 @@ def check(config: Config, policy: Any, tokenizer: Any, parents: dict[str, Artifa
     for role, at in parents.items():
         if role == "judge":  # reads texts in its own template, and shortens what is too long for it
             continue
-        known = at.preprocessing.get("template") or config.data.template
-        if known != config.data.template:
-            raise InputError(
-                f"data.template is {config.data.template}, but parents.{role}, {at.path}, was trained with {known}; "
-                f"set data.template: {known}"
-            )
+        artifact.same_template(at, config.data.template)
         room = positions(at)
         if wanted > room:
             raise InputError(

@@ -163,10 +163,13 @@ def build_scorer(config: Config, parents: dict[str, Artifact]) -> Scorer | None:
     """The reward that grpo and rloo learn from, and that judges where nothing else does; None: dpo and kto have none.
 
     Raises:
-        InputError: grpo or rloo have nothing to learn from, or a reward model has another tokenizer than the policy.
+        InputError: grpo or rloo have nothing to learn from, a reward model has another tokenizer than the policy, or a
+            parent was trained in another template.
     """
     for role in set(parents) & set(get_args(scorers.Role)):
         artifact.same_tokenizer(parents["policy"], parents[role])
+    for at in parents.values():
+        artifact.same_template(at, config.data.template)
     if not config.rolls_out and "reward" not in parents:
         return None
     return scorers.build(

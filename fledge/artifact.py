@@ -403,6 +403,15 @@ def same_tokenizer(a: Artifact, b: Artifact) -> None:
         )
 
 
+def same_template(a: Artifact, template: str) -> None:
+    """InputError unless the model was taught in ``template``, or does not say in which."""
+    known = a.preprocessing.get("template") or template
+    if known != template:
+        raise InputError(
+            f"data.template is {template}, but {a.path} ({a.kind}) was trained with {known}; set data.template: {known}"
+        )
+
+
 def _tokenizer_of(artifact: Artifact) -> str | None:
     known = artifact.preprocessing.get("tokenizer")
     has = (artifact.path / "tokenizer.json").is_file()

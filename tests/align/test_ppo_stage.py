@@ -339,7 +339,7 @@ def test_parents_of_another_template_are_refused(home, monkeypatch):
         preprocessing={**chat.preprocessing, "template": "chat"},
     )
     given = {"reward": "likes:first_letter", "value": VALUE, "parents": {"policy": str(told.path)}}
-    with pytest.raises(InputError, match="parents.policy, .*told, was trained with chat; set data.template: chat"):
+    with pytest.raises(InputError, match="told .chat-model. was trained with chat; set data.template: chat"):
         ppo.main(settings(home, name="other", data=data, **given))
 
 
